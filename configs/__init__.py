@@ -1,0 +1,1 @@
+"""Hydra groups. A regular package, because `pkg://qarl.configs` needs one."""
