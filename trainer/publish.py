@@ -1,7 +1,7 @@
 """Publish: the policy as the learner computes with it, in the engine's fused layout, quantized exactly once.
 
-Scales belong to one output channel, or to a group of its inputs, so parts are quantized as they stream in and stacked as codes:
-the codes of q, k and v end to end are the codes of qkv. Nothing but the codes of one fused tensor exists twice at a time.
+Scales belong to one output channel, or to a group of its inputs, so parts are quantized as they stream in and stacked as
+codes: the codes of q, k and v end to end are the codes of qkv. Only the codes of one fused tensor exist twice at a time.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ def make_update(
 ) -> WeightUpdate:
     """Codes, scales and kept tensors of every parameter, named as the engine names them.
 
-    `parameters`: (name in the transformers model, tensor), each read once and not kept, so that a generator may gather a
-    parameter and release it again. Tied embeddings are given once, under the embedding's name. `quantize`: (name, weight) ->
-    codes, where the caller has them already; by default the format's own. Raises `ConfigError` where a group does not divide.
+    `parameters`: (name in the transformers model, tensor), each read once and not kept, so that a generator may gather
+    a parameter and release it again. Tied embeddings are given once, under the embedding's name. `quantize`: (name, weight)
+    -> codes, where the caller has them already; by default the format's own. Raises `ConfigError` where a group does not
+    divide.
     """
     seconds: dict[str, float] = defaultdict(float)
     quantize = quantize or (lambda name, weight: kernel(format.name).quantize(weight, format.group))
