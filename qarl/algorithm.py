@@ -18,6 +18,16 @@ Normaliser = Literal["token_mean", "sequence_mean", "constant"]
 KLEstimator = Literal["k1", "k2", "k3"]
 
 
+def _check_positive(key: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ConfigError(f"{key}: must be finite and above 0, got {value}")
+
+
+def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{key}: {value!r} is not one of {list(choices)}")
+
+
 @dataclass(frozen=True)
 class Bounds:
     """Where the ratio r stops carrying gradient, by the sign of the advantage. None: that side is unbounded.
@@ -94,8 +104,8 @@ class Objective:
     """Weight of the KL penalty against the reference policy; 0 needs no reference."""
 
     kl_estimator: KLEstimator = "k3"
-    """With q = log(reference / current): k1 = -q, k2 = q^2 / 2, k3 = e^q - 1 - q. On policy the gradient of k1 has mean 0,
-    so that as a penalty it only adds noise; that of k2 is the gradient of the KL divergence."""
+    """With q = log(reference / current): k1 = -q, k2 = q^2 / 2, k3 = e^q - 1 - q. On policy the gradient of k1 has
+    mean 0, so that as a penalty it only adds noise; that of k2 is the gradient of the KL divergence."""
 
     entropy_coefficient: float = 0.0
     """Weight of the entropy bonus."""
@@ -174,8 +184,8 @@ def tbpo(
 
     Reported of the paper: sequence level and dual clipping for negatives (its abstract); geometric means, that a
     response outside the band is dropped, and the four default values (second-hand summaries; 4e-4 and 3e-4 are also
-    GSPO's). Inferred, not confirmed: the formula as a whole, clipping r and not log r, a one-sided cap on w, that w alone
-    drops no response, the mean over responses, and that there is neither a KL nor an entropy term.
+    GSPO's). Inferred, not confirmed: the formula as a whole, clipping r and not log r, a one-sided cap on w, that w
+    alone drops no response, the mean over responses, and that there is neither a KL nor an entropy term.
     """
     objective = gspo(low=negative_low, high=positive_high)
     return replace(
@@ -183,13 +193,3 @@ def tbpo(
         bounds=replace(objective.bounds, negative_high=negative_high),
         correction=Correction(kind="tis", level="sequence", cap=cap),
     )
-
-
-def _check_positive(key: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise ConfigError(f"{key}: must be finite and above 0, got {value}")
-
-
-def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{key}: {value!r} is not one of {list(choices)}")
