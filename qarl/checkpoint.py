@@ -1,0 +1,128 @@
+"""Checkpoints that are whole or not there: written aside, hashed, renamed. Safetensors and JSON only; nothing is ever unpickled.
+
+    runs/NAME/checkpoints/step-000010/
+        policy/            the policy in Hugging Face layout: transformers and vLLM load it
+        learner/           masters and moments of the optimizer (safetensors), its counters and RNG (JSON)
+        state.json         prompt position, version, contract hash, W&B id
+        manifest.json      size and SHA-256 of every other file; written last
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qarl.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    folder: Path
+    state: Mapping[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Steps that were done when it was made: the next one to run."""
+        return int(self.state["step"])
+
+
+def save(root: Path, state: Mapping[str, Any], write: Callable[[Path], None], keep: int) -> Path:
+    """Make `root/step-N` for N = `state["step"]`, with what `write` puts into the folder it is given, then drop all but `keep`.
+
+    A reader sees all of it or nothing. Raises `CheckpointError` where the disk refuses (full, read-only); the draft is removed
+    and older checkpoints stay.
+    """
+    final = root / f"step-{int(state['step']):06d}"
+    draft = root / f".{final.name}.draft"
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        write(draft)
+        _write_json(draft / "state.json", state)
+        _write_json(draft / MANIFEST, {str(f.relative_to(draft)): _entry(f) for f in _files(draft)})
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(draft, final)
+        _sync_folder(root)
+    except OSError as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise CheckpointError(
+            f"checkpoint {final} could not be written: {error}. Earlier checkpoints are untouched; free some space, then "
+            "continue with resume=auto"
+        ) from error
+    for old in _folders(root)[keep:]:
+        shutil.rmtree(old)
+    return final
+
+
+def newest(root: Path) -> Checkpoint | None:
+    """The newest complete checkpoint under `root`; `None` where there is none. Damaged ones are named and passed over."""
+    for folder in _folders(root):
+        damage = find_damage(folder)
+        if damage is None:
+            return Checkpoint(folder, json.loads((folder / "state.json").read_text()))
+        print(f"checkpoint {folder} is damaged ({damage}): trying the one before it", file=sys.stderr)
+    return None
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or `None`."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        return f"{MANIFEST}: {error}"
+    for name, expected in manifest.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != expected["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes, not {expected['bytes']}"
+        if _sha256(file) != expected["sha256"]:
+            return f"{name} has other contents than were written"
+    return None
+
+
+def _folders(root: Path) -> list[Path]:
+    """Newest first."""
+    return sorted(root.glob("step-*"), reverse=True)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(f for f in folder.rglob("*") if f.is_file())
+
+
+def _entry(file: Path) -> dict[str, Any]:
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
+    return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _write_json(file: Path, data: Mapping[str, Any]) -> None:
+    with file.open("w") as handle:
+        json.dump(data, handle, indent=1)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,429 @@
+"""The configuration: every key, its default, its meaning and its checks, as one tree of frozen dataclasses.
+
+Hydra composes YAML into a plain mapping, `qarl.build` makes this tree of it. Defaults live here only. No torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from qarl import formats
+from qarl.algorithm import Objective, tbpo
+from qarl.errors import ConfigError
+from qarl.records import Sampling
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _positive(key: str, value: float) -> None:
+    _require(value > 0, f"{key}: must be positive, got {value}")
+
+
+@dataclass(frozen=True)
+class PocketConfig:
+    """A tiny Qwen3 made on the spot and warm-started with supervision; see `trainer/pocket.py`."""
+
+    layers: int = 4
+    """Decoder layers."""
+    hidden: int = 128
+    """Width of the residual stream; a multiple of 128, so that every format's groups fit."""
+    intermediate: int = 384
+    """Width of the MLP; a multiple of 128."""
+    heads: int = 4
+    """Attention heads."""
+    kv_heads: int = 2
+    """Key and value heads."""
+    experts: int = 0
+    """Experts a layer; 0 makes a dense model."""
+    steps: int = 600
+    """Supervised steps; 0 leaves random weights."""
+    batch: int = 128
+    """Sequences of a supervised step."""
+    lr: float = 2e-3
+    """Peak learning rate of the warm start."""
+    seed: int = 0
+    """Of the weights and of the supervised data."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which policy is trained."""
+
+    path: str = ""
+    """A folder in Hugging Face layout or a hub name; empty with `pocket` or `gguf`."""
+    revision: str | None = None
+    """Commit, branch or tag on the hub."""
+    gguf: str | None = None
+    """A GGUF file, or `package:NAME` for one carried by an installed package; converted once into a cached folder."""
+    pocket: PocketConfig | None = None
+    """Make a pocket model instead of loading one."""
+    architecture: Mapping[str, object] = field(default_factory=dict)
+    """The hub model's `config.json`, as far as a plan needs it before the download."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of weights and activations, in learner and engine alike. CPUs without AMX want float32."""
+    max_tokens: int = 2048
+    """Context: prompt and response together."""
+
+    def __post_init__(self) -> None:
+        _positive("model.max_tokens", self.max_tokens)
+        given = [k for k, v in {"path": self.path, "gguf": self.gguf, "pocket": self.pocket}.items() if v]
+        _require(len(given) == 1, f"model: give exactly one of path, gguf, pocket; got {given or 'none'}")
+
+
+@dataclass(frozen=True)
+class FieldsConfig:
+    """Which fields of a row mean what."""
+
+    prompt: str = "question"
+    """The question."""
+    answer: str = "answer"
+    """The reference answer."""
+    extras: tuple[str, ...] = ()
+    """Further fields handed to the reward."""
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """Where questions come from."""
+
+    source: str = ""
+    """`reasoning_gym:TASK`, a `.jsonl` or `.parquet` file, or a hub name."""
+    split: str = "train"
+    """Split of a hub data set."""
+    options: Mapping[str, object] = field(default_factory=dict)
+    """A reasoning-gym task's own parameters, or the hub data set's `name`."""
+    size: int | None = None
+    """Rows to use; `None`: all. Procedural tasks must be given one."""
+    seed: int = 0
+    """Of a procedural task."""
+    fields: FieldsConfig = field(default_factory=FieldsConfig)
+    """Field mapping."""
+    template: str = "{prompt}"
+    """The user's message, over the row's fields and `prompt`."""
+    system: str | None = None
+    """System message, where the chat template has one."""
+
+    def __post_init__(self) -> None:
+        _require(self.size is None or self.size > 0, f"data.size: must be positive or null, got {self.size}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Prompts to train on, and prompts held out from training."""
+
+    train: DatasetConfig = field(default_factory=DatasetConfig)
+    """Rows whose prompt also stands among the held-out ones are left out, and counted."""
+    heldout: DatasetConfig = field(default_factory=DatasetConfig)
+    """Never trained on."""
+    chat: bool = True
+    """Apply the tokenizer's chat template."""
+    shuffle: bool = True
+    """A new order each pass, from `seed`."""
+    max_prompt_tokens: int = 1024
+    """Longer prompts are treated as `overlong` says."""
+    overlong: Literal["error", "drop"] = "error"
+    """Refuse the data set, or leave such rows out and count them."""
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """How a response is scored."""
+
+    kind: Literal["math", "exact", "reasoning_gym"] = "math"
+    """`math`: math-verify against the answer; `exact`: the stripped last line; `reasoning_gym`: the task's own scorer."""
+    workers: int = 2
+    """Killable processes."""
+    timeout_s: float = 5.0
+    """Of one response; then its worker is killed, the reward is 0 and the timeout is counted."""
+    memory_mb: int = 1024
+    """Address space a worker may add to what it starts with."""
+    max_chars: int = 20_000
+    """Of a response that the reward looks at: its end, where answers stand."""
+
+    def __post_init__(self) -> None:
+        _positive("reward.workers", self.workers)
+        _positive("reward.timeout_s", self.timeout_s)
+        _positive("reward.memory_mb", self.memory_mb)
+        _positive("reward.max_chars", self.max_chars)
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """The sampler."""
+
+    engine: Literal["vllm", "torch"] = "vllm"
+    """`torch` runs any format emulated, slowly: for tests, and for formats this machine's vLLM lacks."""
+    format: str = "w4a16"
+    """A name in `qarl.formats`."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """Of training rollouts. `top_p` and `top_k` must be off there: the learner scores whole distributions."""
+    gpu_memory: float = 0.5
+    """Share of a GPU's memory the engine may take."""
+    kv_cache_gb: float = 1.0
+    """KV cache of an engine on CPU."""
+    max_sequences: int = 256
+    """Sequences decoded at a time."""
+    tensor_parallel: int = 1
+    """GPUs of one engine."""
+    eager: bool = False
+    """No CUDA graphs and no compilation."""
+    replicas: int = 1
+    """Engines; prompts are spread over them."""
+    restarts: int = 3
+    """Times a dead engine is started again before the run gives up."""
+
+    def __post_init__(self) -> None:
+        formats.get(self.format)
+        _require(0 < self.gpu_memory < 1, f"rollout.gpu_memory: must lie between 0 and 1, got {self.gpu_memory}")
+        for name in ("kv_cache_gb", "max_sequences", "tensor_parallel", "replicas"):
+            _positive(f"rollout.{name}", getattr(self, name))
+        sampling = self.sampling
+        _positive("rollout.sampling.max_tokens", sampling.max_tokens)
+        _require(
+            sampling.temperature > 0,
+            f"rollout.sampling.temperature: must be positive to train on, got {sampling.temperature}",
+        )
+        _require(
+            sampling.top_p == 1.0 and sampling.top_k == 0,
+            f"rollout.sampling: top_p must be 1 and top_k 0, got {sampling.top_p} and {sampling.top_k}: "
+            "truncated sampling gives log-probs of another distribution than the learner's",
+        )
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    """What is optimised."""
+
+    prompts: int = 32
+    """Prompts of a step."""
+    group: int = 8
+    """Completions of a prompt."""
+    mini_batches: int = 4
+    """Optimizer steps made of one rollout; with one, ratios are 1 and no band is ever met."""
+    advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
+    """See `qarl.advantages`."""
+    objective: Objective = field(default_factory=tbpo)
+    """Ratio, bounds, correction, normaliser; `algorithm=grpo|dapo|dual_clip|gspo|tbpo` are settings of it."""
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "group", "mini_batches"):
+            _positive(f"algorithm.{name}", getattr(self, name))
+        total = self.prompts * self.group
+        _require(
+            total % self.mini_batches == 0,
+            f"algorithm.mini_batches: {self.mini_batches} does not divide prompts x group = "
+            f"{self.prompts} x {self.group} = {total}",
+        )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How gradients become weights."""
+
+    name: Literal["adamw", "muon", "adamw_8bit"] = "adamw"
+    """`muon`: matrices by Muon, the rest by AdamW; `adamw_8bit`: bitsandbytes."""
+    lr: float = 1e-6
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Of AdamW."""
+    weight_decay: float = 0.0
+    """Decoupled."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up; `linear` and `cosine` end at `min_lr_ratio` of the peak with the run's last step."""
+    warmup: int = 0
+    """Optimizer steps of linear warm-up."""
+    min_lr_ratio: float = 0.1
+    """Where a decaying schedule ends."""
+    grad_clip: float = 1.0
+    """Largest gradient norm."""
+    muon_momentum: float = 0.95
+    """Of Muon."""
+
+    def __post_init__(self) -> None:
+        _positive("learner.optimizer.lr", self.lr)
+        _positive("learner.optimizer.grad_clip", self.grad_clip)
+
+
+@dataclass(frozen=True)
+class LearnerConfig:
+    """The policy being trained."""
+
+    ranks: int = 1
+    """Processes; one GPU each, where there are GPUs."""
+    zero: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed's ZeRO stage."""
+    backend: Literal["auto", "engine", "fused", "emulated", "none"] = "auto"
+    """How low-bit products are computed. `none`: the learner computes unquantized (not aligned, for comparison)."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimizer and schedule."""
+    tokens: int = 4096
+    """Packed tokens of a micro-batch, at most."""
+    logprob_chunk: int = 1024
+    """Tokens whose vocabulary logits exist at a time."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward."""
+    offload_optimizer: bool = False
+    """Keep masters and moments in host memory."""
+    threads: int | None = None
+    """CPU threads of a rank; `None`: all cores over the ranks."""
+
+    def __post_init__(self) -> None:
+        for name in ("ranks", "tokens", "logprob_chunk"):
+            _positive(f"learner.{name}", getattr(self, name))
+
+
+@dataclass(frozen=True)
+class PlacementConfig:
+    """Where processes run."""
+
+    mode: Literal["colocate", "split"] = "colocate"
+    """`colocate`: engine and learner take turns on the same devices; `split`: devices of their own."""
+    gpus: int = 0
+    """GPUs of the run; 0 runs on CPU."""
+    gpu_gb: float = 141.0
+    """Memory of one GPU, for the plan."""
+    address: str | None = None
+    """A running Ray cluster; `None` starts one here."""
+
+
+@dataclass(frozen=True)
+class SyncConfig:
+    """The proof that the engine serves what the learner published."""
+
+    tiles: int = 4
+    """Quantized tensors whose dequantized columns are compared at each sync."""
+    tile_tolerance: float = 0.02
+    """Largest difference of a tile, relative to the tensor's largest weight."""
+    canaries: int = 4
+    """Held-out prompts whose greedy answers are scored by both sides at each sync."""
+    canary_tolerance: float = 0.1
+    """Largest mean |difference| of their log-probs, nats. Not checked with `learner.backend=none`."""
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """When a run is stopped, with its state saved and a non-zero exit."""
+
+    max_mismatch: float = 1.0
+    """`mismatch/mean_abs`, nats a token."""
+    max_grad_norm: float = 1e4
+    """Before clipping; NaN and infinity always stop."""
+    patience: int = 3
+    """Steps in a row beyond a limit before the run stops."""
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """Where metrics go, besides `metrics.jsonl`."""
+
+    wandb: Literal["offline", "online", "disabled"] = "offline"
+    """`offline` writes a folder that `wandb sync` uploads later."""
+    project: str = "qarl"
+    """W&B project."""
+    progress: bool = True
+    """Show a progress display."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What a killed run continues from."""
+
+    every: int = 10
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 2
+    """Newest complete ones that are kept."""
+
+    def __post_init__(self) -> None:
+        _positive("checkpoint.every", self.every)
+        _positive("checkpoint.keep", self.keep)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Scoring of held-out prompts, by the engine at the run's format."""
+
+    every: int = 0
+    """Steps between evaluations; 0: only before the first step and after the last."""
+    prompts: int = 128
+    """Held-out prompts, from the first on."""
+    n: int = 1
+    """Completions of a prompt."""
+    temperature: float = 0.0
+    """0: greedy."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run."""
+
+    name: str = "run"
+    """The run lives in `out`/`name`."""
+    out: str = "runs"
+    """Folder of runs."""
+    seed: int = 0
+    """Of prompts, sampling and everything else that is drawn."""
+    steps: int = 100
+    """Rollouts."""
+    resume: Literal["never", "auto"] = "never"
+    """`auto` continues from the newest complete checkpoint, if there is one; `never` moves an old run of that name aside."""
+    plan: bool = False
+    """Print the plan of memory and placement, and stop."""
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(pocket=PocketConfig()))
+    """Policy."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Prompts."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    """Scoring."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """Sampler."""
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    """Objective."""
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    """Learner."""
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    """Devices."""
+    sync: SyncConfig = field(default_factory=SyncConfig)
+    """Proof at each weight sync."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """Limits."""
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    """Sinks."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Saving."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Held-out accuracy."""
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 0, f"steps: must not be negative, got {self.steps}")
+        self._check_placement()
+        longest = self.data.max_prompt_tokens + self.rollout.sampling.max_tokens
+        _require(
+            longest <= self.model.max_tokens,
+            f"model.max_tokens: {self.model.max_tokens} cannot hold data.max_prompt_tokens + "
+            f"rollout.sampling.max_tokens = {longest}",
+        )
+        _require(
+            self.model.max_tokens <= self.learner.tokens,
+            f"learner.tokens: {self.learner.tokens} cannot hold one sequence of model.max_tokens = {self.model.max_tokens}",
+        )
+
+    def _check_placement(self) -> None:
+        gpus, mode = self.placement.gpus, self.placement.mode
+        if gpus == 0:
+            _require(
+                self.rollout.tensor_parallel == 1,
+                f"rollout.tensor_parallel: must be 1 on CPU (placement.gpus=0), got {self.rollout.tensor_parallel}",
+            )
+            return
+        ranks, engines = self.learner.ranks, self.rollout.replicas * self.rollout.tensor_parallel
+        need = max(ranks, engines) if mode == "colocate" else ranks + engines
+        _require(
+            need == gpus,
+            f"placement.gpus: {gpus} GPUs, but mode {mode!r} with {ranks} learner ranks (learner.ranks) and "
+            f"{engines} engine GPUs (rollout.replicas x rollout.tensor_parallel) uses {need}",
+        )

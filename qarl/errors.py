@@ -1,0 +1,21 @@
+"""The errors a user of QaRL can meet, by what they have to do next."""
+
+
+class ConfigError(ValueError):
+    """The configuration is wrong: the message names the dotted key, the value and the choices. Fix it and start again."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used: truncated, of another contract, or not there."""
+
+
+class SyncError(RuntimeError):
+    """The engine does not serve what the learner published. Generation must not go on."""
+
+
+class EngineError(RuntimeError):
+    """The engine cannot do what was asked, or died more often than it may be restarted."""
+
+
+class DivergenceError(RuntimeError):
+    """Training has left the region in which its numbers mean anything. The state before it was saved."""

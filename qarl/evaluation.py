@@ -1,0 +1,79 @@
+"""Held-out accuracy: what the engine answers, verified, with the estimators and intervals people quote."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from qarl.cluster import Sampler
+from qarl.records import Completion, Prompt, Sampling
+from qarl.rewards import Rewarder
+from qarl.seeds import completion_seeds
+
+BOOTSTRAPS = 2000
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of n completions of each prompt."""
+
+    correct: np.ndarray
+    """float64 [prompts, n]: rewards, 1 for a right answer."""
+    completions: Sequence[Completion]
+    """In the same order, row by row."""
+    timeouts: int
+    """Rewards that ran out of time or memory; they count as 0."""
+
+    @property
+    def accuracy(self) -> float:
+        """mean@n: the mean over prompts of the mean over completions."""
+        return float(self.correct.mean())
+
+
+def evaluate(
+    sampler: Sampler, rewarder: Rewarder, prompts: Sequence[Prompt], *, n: int, sampling: Sampling, seed: int
+) -> Evaluation:
+    """Sample `n` completions of every prompt and score them. The same seed draws the same completions."""
+    seeds = completion_seeds(seed, "evaluation", 0, len(prompts), n)
+    completions = sampler.generate(prompts, sampling, seeds)
+    rewards = rewarder.score([c.text for c in completions], [p for p in prompts for _ in range(n)])
+    return Evaluation(rewards.values.reshape(len(prompts), n), completions, rewards.timeouts + rewards.crashes)
+
+
+def pass_at_k(correct: np.ndarray, k: int) -> np.ndarray:
+    """Chance that at least one of k completions is right, for each prompt: 1 - C(n - c, k) / C(n, k), unbiased.
+
+    `correct` [prompts, n], right where above 0.5; returns float64 [prompts]. Source: Chen et al. 2021, equation 1. Raises
+    `ValueError` where k is not in 1..n.
+    """
+    n = correct.shape[1]
+    if not 1 <= k <= n:
+        raise ValueError(f"k must lie between 1 and n = {n}, got {k}")
+    wrong = n - (correct > 0.5).sum(axis=1)
+    return np.array([1.0 - math.comb(int(w), k) / math.comb(n, k) for w in wrong])
+
+
+def interval(per_prompt: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean over prompts (percentiles of resampled means); prompts are what is drawn."""
+    if len(per_prompt) == 0:
+        return math.nan, math.nan
+    rng = np.random.default_rng(seed)
+    means = [per_prompt[rng.integers(len(per_prompt), size=len(per_prompt))].mean() for _ in range(BOOTSTRAPS)]
+    return float(np.percentile(means, 2.5)), float(np.percentile(means, 97.5))
+
+
+def summary(evaluation: Evaluation) -> dict[str, dict[str, float]]:
+    """mean@n and pass@k for k = 1, 2, 4, … n, each with its mean and interval."""
+    n = evaluation.correct.shape[1]
+    rows = {f"mean@{n}": evaluation.correct.mean(axis=1)}
+    for k in [2**i for i in range(n.bit_length()) if 2**i <= n]:
+        rows[f"pass@{k}"] = pass_at_k(evaluation.correct, k)
+    return {name: _row(values) for name, values in rows.items()}
+
+
+def _row(values: np.ndarray) -> dict[str, float]:
+    low, high = interval(values)
+    return {"mean": float(values.mean()), "low": low, "high": high}

@@ -1,0 +1,77 @@
+"""The numbers of one step, from what its stages left behind. Names and units stand in `qarl.metrics.METRICS`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from qarl.error_tokens import error_token_metrics
+from qarl.mismatch import mismatch_statistics
+from qarl.objectives import combine, finalize
+from qarl.records import Sample, UpdateStats
+
+
+class Stopwatch:
+    """Seconds by stage since the last lap. What a step spends after its lap (log, checkpoint) counts to the next."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[stage] = self._seconds.get(stage, 0.0) + time.perf_counter() - start
+
+    def lap(self) -> dict[str, float]:
+        """`time/*` since the last lap; `other` is what no stage accounts for."""
+        now = time.perf_counter()
+        step, seconds = now - self._start, self._seconds
+        self._start, self._seconds = now, {}
+        seconds["other"] = step - sum(seconds.values())
+        return {f"time/{stage}_s": value for stage, value in seconds.items()} | {"time/step_s": step}
+
+
+def sample_metrics(samples: Sequence[Sample], max_tokens: int, group: int) -> dict[str, float]:
+    """Rewards, lengths, mismatch and error tokens of a step's samples, which are scored and in order of their prompts."""
+    rewards = np.array([s.reward for s in samples])
+    lengths = np.array([len(s.completion.tokens) for s in samples])
+    flat = rewards.reshape(-1, group).std(axis=1) == 0
+    old = _packed([s.old_logprobs for s in samples if s.old_logprobs is not None])
+    sampler = _packed([s.completion.logprobs for s in samples])
+    sequence = torch.from_numpy(np.repeat(np.arange(len(samples)), lengths))
+    return {
+        "reward/mean": rewards.mean(),
+        "reward/std": rewards.std(),
+        "reward/min": rewards.min(),
+        "reward/max": rewards.max(),
+        "reward/flat_groups": flat.mean(),
+        "length/mean": lengths.mean(),
+        "length/max": lengths.max(),
+        "length/truncated": float(np.mean([s.completion.finish == "length" for s in samples])),
+        "tokens": lengths.sum(),
+        **mismatch_statistics(old, sampler, sequence, len(samples)),
+        **error_token_metrics([s.completion.tokens for s in samples]),
+    }
+
+
+def update_metrics(updates: Sequence[UpdateStats]) -> dict[str, float]:
+    """What the optimizer steps of one rollout saw: shares over all of them, the largest gradient norm, the last rate."""
+    seconds = {f"learn/{stage}_s": sum(u.seconds.get(stage, 0.0) for u in updates) for stage in updates[0].seconds}
+    return {
+        **finalize(combine([u.sums for u in updates])),
+        "grad_norm": max((u.grad_norm for u in updates), key=lambda n: (n != n, n)),
+        "lr": updates[-1].lr,
+        **seconds,
+    }
+
+
+def _packed(parts: Sequence[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(parts) if parts else np.empty(0, np.float32))

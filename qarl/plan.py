@@ -1,0 +1,131 @@
+"""What a run will need, from its configuration alone: memory and placement, device by device. No torch.
+
+Weights, gradients, optimizer state, published codes and the engine's weights are counted exactly from the architecture; what is
+left on each device goes to activations and the KV cache, and a plan that leaves less than nothing says so.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from qarl import formats
+from qarl.config import RunConfig
+from qarl.shapes import architecture, parameter_shapes
+
+GB = 1e9
+#: Bytes of optimizer state for each weight, beside the FP32 master: moments.
+MOMENTS = {"adamw": 8, "muon": 4, "adamw_8bit": 2}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Gigabytes on one device; `masters` and `moments` are on the host with `learner.offload_optimizer`."""
+
+    weights: float
+    gradients: float
+    masters: float
+    moments: float
+    gathered: float
+    """The largest decoder layer, whole, in the model's dtype: what ZeRO-3 holds while it computes."""
+    codes: float
+    """Published codes on their way to the engine."""
+    engine: float
+    kv_cache: float
+
+    @property
+    def total(self) -> float:
+        return sum(vars(self).values())
+
+
+def learner_memory(config: RunConfig, shapes: dict[str, tuple[int, ...]]) -> Memory:
+    """Of one learner rank. The ZeRO stage says which part is divided among the ranks: 1 optimizer, 2 gradients, 3 weights."""
+    weights = sum(map(math.prod, shapes.values()))
+    layers: dict[str, int] = {}
+    for name, shape in shapes.items():
+        if name.startswith("model.layers."):
+            layer = name.split(".")[2]
+            layers[layer] = layers.get(layer, 0) + math.prod(shape)
+    width = 2 if config.model.dtype == "bfloat16" else 4
+    zero, ranks = config.learner.zero, config.learner.ranks
+
+    def share(stage: int) -> float:
+        return weights / GB / (ranks if zero >= stage else 1)
+
+    device = 0.0 if config.learner.offload_optimizer else 1.0
+    return Memory(
+        weights=width * share(3),
+        gradients=width * share(2),
+        masters=(4 if width == 2 else 0) * share(1) * device,
+        moments=MOMENTS[config.learner.optimizer.name] * share(1) * device,
+        gathered=width * max(layers.values(), default=0) / GB if zero == 3 else 0.0,
+        codes=engine_weights(config, shapes) / len(layers or "x"),
+        engine=0.0,
+        kv_cache=0.0,
+    )
+
+
+def engine_weights(config: RunConfig, shapes: dict[str, tuple[int, ...]]) -> float:
+    """Gigabytes of the sampler's weights, all of them, scales counted."""
+    format = formats.get(config.rollout.format)
+    width = 2 if config.model.dtype == "bfloat16" else 4
+    bits = sum(
+        math.prod(s) * (format.bits_per_weight(s) if format.covers(n, s) else 8 * width) for n, s in shapes.items()
+    )
+    return bits / 8 / GB
+
+
+def engine_memory(config: RunConfig, shapes: dict[str, tuple[int, ...]]) -> Memory:
+    """Of one GPU of an engine."""
+    weights = engine_weights(config, shapes) / config.rollout.tensor_parallel
+    if config.placement.gpus:
+        cache = config.rollout.gpu_memory * config.placement.gpu_gb - weights
+    else:
+        cache = config.rollout.kv_cache_gb
+    return Memory(0, 0, 0, 0, 0, 0, weights, cache)
+
+
+def plan(config: RunConfig) -> str:
+    """The plan as text. Raises `ConfigError` where the format does not fit the architecture."""
+    format = formats.get(config.rollout.format)
+    lines = [f"run {config.name}: {config.steps} steps", f"format {format.name}"]
+    found = architecture(config.model)
+    if found is None:
+        return "\n".join([*lines, f"model {config.model.path or config.model.gguf}: known once it is loaded"])
+    shapes = parameter_shapes(found)
+    for name, shape in shapes.items():
+        format.check_shape(name, shape)
+    lines[1] += f": {formats.coverage(format, shapes)}"
+    lines.insert(1, f"model {config.model.path or 'pocket'}: {sum(map(math.prod, shapes.values())) / GB:.3g} B weights")
+    algorithm, learner, rollout = config.algorithm, config.learner, config.rollout
+    lines += [
+        f"step: {algorithm.prompts} prompts x {algorithm.group} completions of up to {rollout.sampling.max_tokens} tokens, "
+        f"{algorithm.mini_batches} optimizer steps",
+        f"learner: {learner.ranks} x ZeRO-{learner.zero}, {learner.optimizer.name}, micro-batches of {learner.tokens} tokens",
+        f"engine: {rollout.replicas} x {rollout.engine}, tensor parallel {rollout.tensor_parallel}",
+        f"sync: {engine_weights(config, shapes):.3g} GB on the wire ({2 * sum(map(math.prod, shapes.values())) / GB:.3g} as BF16)",
+        "",
+        *_table(config, learner_memory(config, shapes), engine_memory(config, shapes)),
+    ]
+    return "\n".join(lines)
+
+
+def _table(config: RunConfig, learner: Memory, engine: Memory) -> list[str]:
+    """Rows of GB a device, and whether it fits."""
+    colocated = config.placement.mode == "colocate"
+    devices = {"learner + engine": (learner, engine)} if colocated else {"learner": (learner,), "engine": (engine,)}
+    rows = []
+    for device, parts in devices.items():
+        rows.append(f"GB on each device of {device}")
+        sums = {field: sum(getattr(part, field) for part in parts) for field in vars(learner)}
+        rows += [f"  {field:<10} {gigabytes:9.3f}" for field, gigabytes in sums.items() if gigabytes]
+        total = sum(sums.values())
+        if not config.placement.gpus:
+            rows.append(f"  {'total':<10} {total:9.3f}  in host memory")
+            continue
+        left = config.placement.gpu_gb - total
+        verdict = f"{left:.1f} left for activations" if left > 0 else f"DOES NOT FIT by {-left:.1f}"
+        rows.append(f"  {'total':<10} {total:9.3f}  of {config.placement.gpu_gb:g}: {verdict}")
+    if config.learner.offload_optimizer:
+        rows.append("  masters and moments are in host memory (learner.offload_optimizer)")
+    return rows

@@ -1,0 +1,102 @@
+"""The folder of a run: what is in it, and what happens to one that is there already.
+
+    runs/NAME/config.yaml  metrics.jsonl  samples.jsonl  summary.json  report.html  checkpoints/  wandb/
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qarl import checkpoint
+from qarl.build import build, to_mapping
+from qarl.checkpoint import Checkpoint
+from qarl.config import RunConfig
+from qarl.errors import ConfigError
+
+#: Keys that may differ between a run and its continuation: they do not change what a step computes.
+FREE = ("steps", "resume", "plan", "out", "name", "logging", "checkpoint", "placement.address", "rollout.restarts")
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """A run's folder, opened."""
+
+    path: Path
+    resumed: Checkpoint | None
+    """Where to continue from; `None` starts at step 0."""
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def first_step(self) -> int:
+        return self.resumed.step if self.resumed else 0
+
+
+def open_run(config: RunConfig) -> RunDir:
+    """Make the folder, or find what to continue from.
+
+    `resume=never` moves an old run of that name aside, so nothing is lost. `resume=auto` refuses to continue a run with another
+    configuration: raises `ConfigError` with the keys that differ.
+    """
+    path = Path(config.out) / config.name
+    resumed = None
+    if config.resume == "never":
+        _move_aside(path)
+    elif (path / "config.yaml").exists():
+        _check_same(load_config(path), config)
+        resumed = checkpoint.newest(path / "checkpoints")
+    path.mkdir(parents=True, exist_ok=True)
+    write_atomically(path / "config.yaml", yaml.safe_dump(to_mapping(config), sort_keys=False))
+    return RunDir(path, resumed)
+
+
+def load_config(path: Path) -> RunConfig:
+    """The configuration a run was started with."""
+    return build(RunConfig, yaml.safe_load((path / "config.yaml").read_text()))
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Readers see the old text or the new one."""
+    draft = file.with_name(f".{file.name}.draft")
+    draft.write_text(text)
+    os.replace(draft, file)
+
+
+def _move_aside(path: Path) -> None:
+    if not path.exists():
+        return
+    number = 1
+    while (old := path.with_name(f"{path.name}.old{number}")).exists():
+        number += 1
+    path.rename(old)
+    print(f"{path} held a run: it is {old} now (resume=auto would have continued it)")
+
+
+def _check_same(old: RunConfig, new: RunConfig) -> None:
+    before, after = dict(_leaves(to_mapping(old))), dict(_leaves(to_mapping(new)))
+    changed = [
+        f"{key}: was {before.get(key)!r}, now {after.get(key)!r}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and not any(key == f or key.startswith(f + ".") for f in FREE)
+    ]
+    if changed:
+        raise ConfigError(
+            f"resume: {Path(new.out) / new.name} was run with another configuration; choose another name=, or "
+            "resume=never to start over:\n  " + "\n  ".join(changed)
+        )
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for name, inner in value.items():
+            yield from _leaves(inner, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, value
