@@ -1,0 +1,114 @@
+"""The strict builder, and every configuration that is shipped."""
+
+import ast
+import dataclasses
+import inspect
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+
+from qarl import algorithm, config
+from qarl.build import build, check_keys, to_mapping
+from qarl.config import RunConfig
+from qarl.errors import ConfigError
+from qarl.train import GROUPS, check_overrides, register
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        ({"rollout": {"fromat": "bf16"}}, "rollout.fromat: unknown key; did you mean 'format'?"),
+        ({"rollout": {"format": "int9"}}, "rollout.format: 'int9' is not one of"),
+        ({"learner": {"zero": 7}}, r"learner.zero: 7 is not one of \[0, 1, 2, 3\]"),
+        ({"learner": {"zero": True}}, "learner.zero: True is not one of"),
+        ({"steps": "x"}, "steps: expected int, got 'x'"),
+        ({"steps": True}, "steps: expected int, got True"),
+        ({"learner": 3}, "learner: expected a mapping"),
+        ({"rollout": {"sampling": {"stop": "a"}}}, "rollout.sampling.stop: expected a list"),
+        ({"rollout": {"sampling": {"stop": [1]}}}, r"rollout.sampling.stop\[0\]: expected str, got 1"),
+        ({"learner": {"optimizer": {"betas": [0.9]}}}, "learner.optimizer.betas: expected 2 values, got 1"),
+        ({"algorithm": {"mini_batches": 3}}, "algorithm.mini_batches: 3 does not divide"),
+        ({"model": {"max_tokens": 100}}, "model.max_tokens: 100 cannot hold"),
+        ({"model": {"path": "x"}}, "model: give exactly one of path, gguf, pocket"),
+        ({"rollout": {"sampling": {"top_p": 0.9}}}, "rollout.sampling: top_p must be 1"),
+        ({"placement": {"gpus": 4}}, "placement.gpus: 4 GPUs, but mode 'colocate'"),
+    ],
+)
+def test_a_mistake_names_the_key_the_value_and_the_choices(data, message):
+    base = to_mapping(RunConfig())
+    merged = merge(base, data)
+    with pytest.raises(ConfigError, match=message):
+        build(RunConfig, merged)
+
+
+def merge(base: dict, data: dict) -> dict:
+    out = dict(base)
+    for key, value in data.items():
+        out[key] = merge(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
+    return out
+
+
+def test_integers_become_floats_and_lists_tuples():
+    built = build(RunConfig, {"rollout": {"sampling": {"temperature": 1, "stop": ["a", "b"]}}})
+    assert built.rollout.sampling.temperature == 1.0 and isinstance(built.rollout.sampling.temperature, float)
+    assert built.rollout.sampling.stop == ("a", "b")
+
+
+def test_the_tree_survives_a_round_trip_through_plain_data(composed):
+    original = composed("recipe=qwen3_30b_a3b_math_w4a16")
+    assert build(RunConfig, to_mapping(original)) == original
+
+
+@pytest.mark.parametrize("recipe", GROUPS["recipe"])
+def test_every_recipe_builds_and_is_named_after_its_file(composed, recipe):
+    assert composed(f"recipe={recipe}").name == recipe
+
+
+@pytest.mark.parametrize("group, option", [(g, o) for g in GROUPS if g != "recipe" for o in GROUPS[g]])
+def test_every_option_of_every_group_composes(group, option):
+    register()
+    with initialize_config_module(version_base="1.3", config_module="qarl.configs"):
+        data = compose("train", overrides=[f"{group}={option}"])
+    check_keys(RunConfig, [f"{group}.{key}" for key in data[group]])
+
+
+@pytest.mark.parametrize("name", GROUPS["algorithm"])
+def test_algorithm_files_are_the_constructors_of_the_same_name(composed, name):
+    assert composed(f"algorithm={name}").algorithm.objective == getattr(algorithm, name)()
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("rollout.fromat=bf16", "rollout.fromat: unknown key; did you mean 'format'?"),
+        ("recipe=quickstrat", "recipe: 'quickstrat' is not one of .*did you mean 'quickstart'?"),
+        ("algorithm=ppo", "algorithm: 'ppo' is not one of"),
+        ("+foo=1", "foo: unknown key"),
+        ("nothing.here=1", "nothing: unknown key"),
+    ],
+)
+def test_the_command_line_names_what_it_does_not_know(argument, message):
+    with pytest.raises(ConfigError, match=message):
+        check_overrides([argument])
+
+
+def test_free_mappings_take_any_key():
+    check_overrides(["+data.train.options.max_terms=3", "recipe=quickstart", "hydra.verbose=true", "--multirun"])
+
+
+def test_every_field_has_a_doc_string():
+    for module in (config, algorithm):
+        for node in ast.parse(inspect.getsource(module)).body:
+            if isinstance(node, ast.ClassDef):
+                for here, after in zip(node.body, [*node.body[1:], None], strict=True):
+                    if isinstance(here, ast.AnnAssign):
+                        documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                        assert documented, f"{node.name}.{ast.unparse(here.target)}"
+
+
+def test_the_tree_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RunConfig().steps = 3  # type: ignore[misc]

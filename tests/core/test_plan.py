@@ -1,0 +1,50 @@
+"""Plans: numbers against arithmetic done by hand, and refusals before anything is loaded."""
+
+import pytest
+
+from qarl.errors import ConfigError
+from qarl.plan import engine_weights, learner_memory, plan
+from qarl.shapes import architecture, parameter_shapes
+
+TARGET = "recipe=qwen3_30b_a3b_math_w4a16"
+
+
+def shapes(config):
+    found = architecture(config.model)
+    assert found is not None
+    return parameter_shapes(found)
+
+
+def test_the_target_is_thirty_billion_weights_and_seventeen_gigabytes_at_int4(composed):
+    config = composed(TARGET)
+    total = 2 * 151936 * 2048 + 2048  # embeddings, head, final norm
+    attention = 2048 * (4096 + 512 + 512) + 4096 * 2048 + 2 * 128
+    experts = 128 * 3 * 768 * 2048
+    total += 48 * (attention + experts + 128 * 2048 + 2 * 2048)
+    memory = learner_memory(config, shapes(config))
+    assert memory.weights == pytest.approx(2 * total / 8 / 1e9)
+    quantized = 48 * (attention - 256 + experts)
+    assert engine_weights(config, shapes(config)) == pytest.approx(
+        (quantized * (4 + 16 / 128) / 8 + 2 * (total - quantized)) / 1e9
+    )
+    assert 16 < engine_weights(config, shapes(config)) < 18
+
+
+@pytest.mark.parametrize("zero, divided", [(0, ()), (1, ("moments", "masters")), (2, ("gradients",)), (3, ("weights",))])
+def test_each_zero_stage_divides_one_part_more(composed, zero, divided):
+    config, below = composed(TARGET, f"learner.zero={zero}"), composed(TARGET, f"learner.zero={max(zero - 1, 0)}")
+    memory, before = learner_memory(config, shapes(config)), learner_memory(below, shapes(config))
+    for part in ("weights", "gradients", "masters", "moments"):
+        ratio = 8 if part in divided else 1
+        assert getattr(before, part) == pytest.approx(ratio * getattr(memory, part))
+
+
+def test_a_plan_says_whether_it_fits(composed):
+    assert "left for activations" in plan(composed(TARGET))
+    assert "DOES NOT FIT" in plan(composed(TARGET, "placement.gpu_gb=40"))
+    assert "in host memory" in plan(composed("recipe=quickstart"))
+
+
+def test_a_group_that_does_not_fit_the_architecture_is_refused(composed):
+    with pytest.raises(ConfigError, match="rollout.format: 'w4a16' needs input features divisible by 128"):
+        plan(composed("recipe=quickstart", "rollout.format=w4a16", "model.pocket.hidden_size=96"))

@@ -1,0 +1,49 @@
+"""What happens to a run folder that is there already."""
+
+from dataclasses import replace
+
+import pytest
+
+from qarl import checkpoint
+from qarl.config import LoggingConfig, RolloutConfig, RunConfig
+from qarl.errors import ConfigError
+from qarl.rundir import load_config, open_run
+
+
+def config(tmp_path, **changes) -> RunConfig:
+    return replace(RunConfig(name="r", out=str(tmp_path)), **changes)
+
+
+def save(run_dir, step):
+    checkpoint.save(run_dir.checkpoints, {"step": step}, lambda folder: None, 2)
+
+
+def test_a_new_run_starts_at_zero_and_keeps_its_configuration(tmp_path):
+    run = open_run(config(tmp_path, seed=7))
+    assert run.resumed is None and run.first_step == 0
+    assert load_config(run.path) == config(tmp_path, seed=7)
+
+
+def test_never_moves_an_old_run_aside_and_loses_nothing(tmp_path, capsys):
+    first = open_run(config(tmp_path))
+    (first.path / "metrics.jsonl").write_text("old\n")
+    open_run(config(tmp_path))
+    third = open_run(config(tmp_path))
+    assert (tmp_path / "r.old1" / "metrics.jsonl").read_text() == "old\n" and (tmp_path / "r.old2").is_dir()
+    assert not (third.path / "metrics.jsonl").exists() and "r.old2" in capsys.readouterr().out
+
+
+def test_auto_continues_from_the_newest_checkpoint(tmp_path):
+    run = open_run(config(tmp_path, resume="auto"))
+    assert run.resumed is None
+    save(run, 5), save(run, 10)
+    again = open_run(config(tmp_path, resume="auto", steps=500, logging=LoggingConfig(wandb="disabled")))
+    assert again.first_step == 10
+
+
+def test_auto_refuses_another_configuration_and_names_what_differs(tmp_path):
+    run = open_run(config(tmp_path, resume="auto"))
+    save(run, 5)
+    with pytest.raises(ConfigError, match="resume: .*\n  rollout.format: was 'w4a16', now 'bf16'\n  seed: was 0, now 3"):
+        open_run(config(tmp_path, resume="auto", seed=3, rollout=RolloutConfig(format="bf16")))
+    assert load_config(run.path).seed == 0
