@@ -1,0 +1,90 @@
+"""w4a16: int4 weights in groups along K that share a bfloat16 scale; inputs stay as they are.
+
+A dequantized weight is bf16(code) · bf16(scale) rounded to bfloat16, whatever the inputs' dtype: so do Marlin (GPU) and
+vLLM's `cpu_gemm_wna16` (CPU; read off it with an identity input, equal bit for bit). The latter takes 16-bit inputs
+only, so a float32 learner on CPU has no engine to equal: it multiplies the same bfloat16 values in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Codes = dict[str, Tensor]
+BACKENDS = ("emulated",)
+
+_PER_WORD = 8
+"""Codes in one int32."""
+
+
+@torch.no_grad()
+def quantize(weight: Tensor, group: int | None) -> Codes:
+    """weight [*, N, K] -> `weight_packed` int32 [*, N, K/8], `weight_scale` bfloat16 [*, N, K/group] = absmax/7.5.
+
+    Cast to bfloat16 first; codes in -8…7. w / scale is rounded to bfloat16 before it is rounded to a code, as it is in
+    `compressed-tensors`. An all-zero group (or one whose scale underflows) gets scale 1; one with NaN or inf gets that
+    scale and dequantizes to NaN. Raises `ValueError` where the group does not divide K.
+    """
+    n_groups = _groups(weight.shape[-1], group)
+    w = weight.to(torch.bfloat16).unflatten(-1, (n_groups, -1))
+    scale = w.abs().amax(-1, keepdim=True) / 7.5
+    scale = torch.where(scale == 0, 1.0, scale)
+    codes = (w / scale).round().clamp(-8, 7).to(torch.int8)
+    return {"weight_packed": pack(codes.flatten(-2)), "weight_scale": scale.squeeze(-1)}
+
+
+def dequantize(codes: Codes, group: int | None, dtype: torch.dtype) -> Tensor:
+    """Ŵ [*, N, K] = code · scale rounded to bfloat16, then cast to `dtype`."""
+    values = unpack(codes["weight_packed"]).to(torch.bfloat16)
+    n_groups = _groups(values.shape[-1], group)
+    return (values.unflatten(-1, (n_groups, -1)) * codes["weight_scale"].unsqueeze(-1)).flatten(-2).to(dtype)
+
+
+def pack(codes: Tensor) -> Tensor:
+    """int8 [*, K] in -8…7 -> int32 [*, K/8]: code + 8 in four bits, the first code in the lowest (`pack_to_int32`)."""
+    nibbles = (codes.to(torch.int32) + 8).unflatten(-1, (-1, _PER_WORD))
+    return (nibbles << _shifts(codes)).sum(-1, dtype=torch.int32)
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """int32 [*, K/8] -> int8 [*, K] in -8…7."""
+    nibbles = (packed.unsqueeze(-1) >> _shifts(packed)) & 15
+    return (nibbles - 8).flatten(-2).to(torch.int8)
+
+
+@dataclass(frozen=True)
+class _Emulated:
+    weight: Tensor
+    """[N, K] dequantized, in the inputs' dtype."""
+
+
+def prepare(codes: Codes, group: int | None, backend: str, dtype: torch.dtype) -> _Emulated:
+    """A matrix's codes as `product` wants them, for inputs of `dtype`. Raises `ValueError` for another backend."""
+    if backend not in BACKENDS:
+        raise ValueError(f"w4a16 has no backend {backend!r}; choices: {sorted(BACKENDS)}")
+    return _Emulated(dequantize(codes, group, dtype))
+
+
+def product(x: Tensor, prepared: _Emulated, bias: Tensor | None = None) -> Tensor:
+    """y [M, N] in x's dtype, from x [M, K] and bias [N]. M may be 0."""
+    return F.linear(x, prepared.weight, bias)
+
+
+def refusal(backend: str, device_type: str) -> str | None:
+    """Why `backend` does not run on that device here; `None` where it does."""
+    return None
+
+
+def _shifts(like: Tensor) -> Tensor:
+    return torch.arange(0, 32, 32 // _PER_WORD, dtype=torch.int32, device=like.device)
+
+
+def _groups(k: int, group: int | None) -> int:
+    if not group or group % _PER_WORD or k % group:
+        raise ValueError(
+            f"w4a16 needs a group that divides the input features and is a multiple of 8; got group {group}, K {k}"
+        )
+    return k // group
