@@ -1,0 +1,264 @@
+"""The one sink of a run's numbers: `metrics.jsonl` always, W&B beside it, and the progress display.
+
+`METRICS` is the list of everything that can be logged; another name is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from rich.console import Console
+
+from qarl.config import RunConfig
+from qarl.jsonl import StepLog
+from qarl.progress import ProgressDisplay
+from qarl.records import Prompt, Sample
+
+
+class Metric(NamedTuple):
+    unit: str
+    meaning: str
+    show: str = ".3g"
+    """Format specification for people."""
+
+
+METRICS = {
+    "reward/mean": Metric("reward", "mean over the responses of the step", ".3f"),
+    "reward/std": Metric("reward", "standard deviation over the responses of the step", ".3f"),
+    "reward/min": Metric("reward", "lowest of the step", ".3f"),
+    "reward/max": Metric("reward", "highest of the step", ".3f"),
+    "reward/flat_groups": Metric(
+        "share", "groups whose responses all got the same reward: nothing to learn from", ".1%"
+    ),
+    "reward/timeouts": Metric("responses", "scored 0 because the reward did not answer in time", ".0f"),
+    "reward/crashes": Metric("responses", "scored 0 because the reward's process died", ".0f"),
+    "accuracy/heldout": Metric("share", "held-out prompts answered right, by the engine at the run's format", ".1%"),
+    "length/mean": Metric("tokens", "mean response", ".1f"),
+    "length/max": Metric("tokens", "longest response", ".0f"),
+    "length/truncated": Metric("share", "responses cut off at rollout.sampling.max_tokens", ".1%"),
+    "mismatch/mean_abs": Metric(
+        "nats a token", "mean |learner - sampler| log-prob of the tokens that were sampled", ".2e"
+    ),
+    "mismatch/max_abs": Metric("nats", "largest |learner - sampler| log-prob of a token", ".2e"),
+    "mismatch/k1": Metric("nats a token", "KL(sampler || learner), unbiased estimate; may be negative", ".2e"),
+    "mismatch/k3": Metric("nats a token", "KL(sampler || learner), low-variance estimate, never negative", ".2e"),
+    "mismatch/chi2": Metric("1", "chi-squared divergence: mean squared importance weight minus 1", ".2e"),
+    "mismatch/ess_token": Metric("share", "tokens left effective by importance weights of tokens", ".2%"),
+    "mismatch/ess_sequence": Metric(
+        "share", "responses left effective by importance weights of whole responses", ".1%"
+    ),
+    "mismatch/pearson": Metric("1", "correlation of the two sides' probabilities", ".5f"),
+    "mismatch/ratio_max": Metric("ratio", "largest importance weight of a token, learner over sampler", ".3f"),
+    "mismatch/tokens": Metric("tokens", "compared", ",.0f"),
+    "mismatch/dropped_tokens": Metric("tokens", "left out: a log-prob of either side was not finite", ".0f"),
+    "clip/positive_high": Metric("share", "of units with A > 0: ratio above its bound, no gradient", ".1%"),
+    "clip/negative_low": Metric("share", "of units with A < 0: ratio below its bound, no gradient", ".1%"),
+    "clip/negative_high": Metric("share", "of units with A < 0: ratio above its bound, no gradient", ".1%"),
+    "clip/mismatch_high": Metric("share", "of units: mismatch weight above the correction's cap", ".1%"),
+    "clip/mismatch_low": Metric("share", "of units: mismatch weight below the correction's floor", ".1%"),
+    "objective/loss": Metric("1", "what was minimised, penalties included", ".3e"),
+    "objective/ratio_mean": Metric("ratio", "mean of current over published learner before clipping", ".5f"),
+    "objective/ratio_max": Metric("ratio", "largest of current over published learner before clipping", ".3f"),
+    "objective/kl": Metric("nats a token", "KL to the reference policy; 0 without one", ".2e"),
+    "objective/dropped_sequences": Metric("responses", "left out: empty, or with a non-finite log-prob", ".0f"),
+    "error_tokens/repetition_rate": Metric(
+        "share", "tokens inside loops of repeated n-grams, mean over responses", ".1%"
+    ),
+    "error_tokens/share": Metric("share", "responses of which more than half is such a loop", ".1%"),
+    "entropy": Metric("nats a token", "of the learner's distribution at response tokens", ".3f"),
+    "grad_norm": Metric("1", "largest of the step's gradient norms, before clipping", ".3g"),
+    "lr": Metric("1", "learning rate of the step's last update", ".2e"),
+    "tokens": Metric("tokens", "sampled in the step", ",.0f"),
+    "tokens_per_s": Metric("tokens/s", "sampled tokens over the time of the whole step", ",.0f"),
+    "time/step_s": Metric("s", "the whole step", ".2f"),
+    "time/publish_s": Metric("s", "quantize, transfer, refill, prove", ".2f"),
+    "time/sample_s": Metric("s", "the engine writes responses", ".2f"),
+    "time/reward_s": Metric("s", "responses are scored", ".2f"),
+    "time/score_s": Metric("s", "old log-probs: the aligned forward of the published learner", ".2f"),
+    "time/learn_s": Metric("s", "all forwards, backwards and optimizer steps", ".2f"),
+    "time/log_s": Metric("s", "metrics and samples are written", ".2f"),
+    "time/checkpoint_s": Metric("s", "state is saved", ".2f"),
+    "time/evaluate_s": Metric("s", "held-out prompts are answered and scored", ".2f"),
+    "time/other_s": Metric("s", "the rest of the step: packing, advantages, bookkeeping", ".2f"),
+    "learn/forward_s": Metric("s", "forwards of all updates of the step", ".2f"),
+    "learn/backward_s": Metric("s", "backwards of all updates of the step", ".2f"),
+    "learn/optimizer_s": Metric("s", "optimizer steps", ".2f"),
+    "sync/gather_s": Metric("s", "masters are gathered from the ranks", ".3f"),
+    "sync/quantize_s": Metric("s", "codes and scales are computed", ".3f"),
+    "sync/pack_s": Metric("s", "codes become bytes with checksums", ".3f"),
+    "sync/transfer_s": Metric("s", "bytes travel to the engine", ".3f"),
+    "sync/load_s": Metric("s", "the engine takes them over", ".3f"),
+    "sync/verify_s": Metric("s", "checksums, tiles and canaries are compared", ".3f"),
+    "sync/gb": Metric("GB", "bytes that travelled, 1e9 of them", ".3f"),
+    "sync/tile_error": Metric("share", "largest |served - published| weight, over the tensor's largest", ".2e"),
+    "sync/canary": Metric("nats a token", "mean |engine - learner| log-prob of the canaries", ".2e"),
+    "sync/version": Metric("version", "of the weights that wrote the step's responses", ".0f"),
+    "engine/restarts": Metric("restarts", "of a dead engine, since the run began", ".0f"),
+}
+"""Name -> unit, meaning, how it is shown. A share lies between 0 and 1."""
+
+STAGES = tuple(name for name in METRICS if name.startswith("time/") and name != "time/step_s")
+"""What the seconds of a step are divided into."""
+
+SAMPLES_A_STEP = 3
+SAMPLE_CHARS = 4000
+WANDB_SECONDS = 60
+
+
+def show(name: str, value: float) -> str:
+    """As people read it, without unit: `61.7%`, `1,234`."""
+    return format(value, METRICS[name].show)
+
+
+class Metrics:
+    """Open it with `with Metrics.open(...)`: leaving ends the display and the W&B run."""
+
+    def __init__(self, run_dir: Path, config: RunConfig, first_step: int, console: Console) -> None:
+        self._rows = StepLog(run_dir / "metrics.jsonl", first_step)
+        self._samples = StepLog(run_dir / "samples.jsonl", first_step)
+        self._wandb = Wandb(run_dir, config, first_step > 0, console)
+        done = max(first_step - 1, 0)
+        self._display = ProgressDisplay(config.steps, done, console) if config.logging.progress else None
+        self._next = first_step
+
+    @classmethod
+    def open(cls, run_dir: Path, config: RunConfig, first_step: int = 0, console: Console | None = None) -> Metrics:
+        """Steps count from 1; row 0 is what is known before the first, the accuracy at the start.
+
+        `first_step`: the first that will be logged. Above 0 it continues the run in `run_dir`, its W&B run included.
+        """
+        run_dir.mkdir(parents=True, exist_ok=True)
+        return cls(run_dir, config, first_step, console or Console(stderr=True))
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._display:
+            self._display.close()
+        self._rows.close()
+        self._samples.close()
+        self._wandb.finish(failed=kind is not None)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Once a step, in order. Every name is in `METRICS`; values may be NaN or infinite."""
+        unknown = sorted(set(values) - set(METRICS))
+        assert not unknown, f"not in qarl.metrics.METRICS: {unknown}"
+        assert step >= self._next, f"step {step} is logged after step {self._next - 1}"
+        self._next = step + 1
+        row = {name: float(value) for name, value in values.items()}
+        self._rows.append(step, row)
+        self._wandb.log(step, row)
+        if self._display:
+            self._display.update(step, facts(row))
+
+    def log_samples(self, step: int, samples: Sequence[Sample], prompts: Mapping[int, Prompt]) -> None:
+        """One response of each of the first three prompts of a step, for the report."""
+        first = {sample.completion.prompt: sample for sample in reversed(samples)}
+        for prompt_id in list(dict.fromkeys(s.completion.prompt for s in samples))[:SAMPLES_A_STEP]:
+            sample, prompt = first[prompt_id], prompts[prompt_id]
+            text = {"prompt": prompt.text, "response": sample.completion.text, "answer": prompt.answer}
+            about = {
+                "prompt_id": prompt.id,
+                "reward": float(sample.reward),
+                "tokens": len(sample.completion.tokens),
+                "finish": sample.completion.finish,
+            }
+            self._samples.append(step, {name: _ends(value) for name, value in text.items()} | about)
+
+
+def facts(row: Mapping[str, float]) -> str:
+    """What the progress display says of a step."""
+    shown = {"reward/mean": "reward {}", "accuracy/heldout": "held-out {}", "mismatch/mean_abs": "mismatch {}"}
+    shown |= {"tokens_per_s": "{} tokens/s"}
+    return " · ".join(text.format(show(name, row[name])) for name, text in shown.items() if name in row)
+
+
+def _ends(text: str) -> str:
+    """The start and the end of a long text: loops at the end are what one looks for."""
+    half = SAMPLE_CHARS // 2
+    return (
+        text if len(text) <= SAMPLE_CHARS else f"{text[:half]}\n[… {len(text) - 2 * half} characters …]\n{text[-half:]}"
+    )
+
+
+class Wandb:
+    """A W&B run that can never end ours: what goes wrong is said once, loudly, and `metrics.jsonl` has everything.
+
+    Offline runs lie in `run_dir/wandb`; `wandb sync --append` joins the folders of a resumed run, which share an id.
+    Where steps are done again, W&B keeps the first values it saw.
+    """
+
+    def __init__(self, run_dir: Path, config: RunConfig, resumed: bool, console: Console) -> None:
+        self._console = console
+        self._run: Any = None
+        if config.logging.wandb == "disabled":
+            return
+        id_file = run_dir / "wandb_id"
+        run_id = id_file.read_text().strip() if resumed and id_file.exists() else secrets.token_hex(4)
+        id_file.write_text(run_id + "\n")
+        try:
+            self._run = _init(run_dir, config, run_id, config.logging.wandb)
+        except Exception as error:  # wandb raises whatever its network, its service process and its key checks raise
+            self._say(f"could not start {config.logging.wandb}: {error}")
+            if config.logging.wandb == "online":
+                self._offline_instead(run_dir, config, run_id)
+
+    def _offline_instead(self, run_dir: Path, config: RunConfig, run_id: str) -> None:
+        try:
+            self._run = _init(run_dir, config, run_id, "offline")
+            self._console.print(
+                f"W&B: recording offline instead; upload with `wandb sync {run_dir}/wandb/offline-run-*`"
+            )
+        except Exception as error:
+            self._say(f"could not start offline either: {error}")
+
+    def log(self, step: int, row: Mapping[str, float]) -> None:
+        if self._run is not None:
+            try:
+                self._run.log(dict(row), step=step)
+            except Exception as error:
+                self._say(f"stopped at step {step}: {error}")
+                self._run = None
+
+    def finish(self, failed: bool) -> None:
+        if self._run is not None:
+            try:
+                self._run.finish(exit_code=1 if failed else 0)
+            except Exception as error:
+                self._say(f"could not finish: {error}")
+
+    def _say(self, what: str) -> None:
+        self._console.print(
+            f"W&B {what}\nThe run goes on; metrics.jsonl has every number.", style="bold red", markup=False
+        )
+
+
+def _init(run_dir: Path, config: RunConfig, run_id: str, mode: Literal["offline", "online"]) -> Any:
+    if mode == "offline":
+        os.environ.setdefault(
+            "WANDB_ERROR_REPORTING", "false"
+        )  # read at import: its crash reports would use the network
+    import wandb  # nearly two seconds
+
+    return wandb.init(
+        project=config.logging.project,
+        name=config.name,
+        id=run_id,
+        resume="allow" if mode == "online" else None,
+        mode=mode,
+        dir=run_dir,
+        config=dataclasses.asdict(config),
+        settings=wandb.Settings(
+            silent=True,
+            console="off",  # it would capture the progress display
+            init_timeout=WANDB_SECONDS,
+            finish_timeout=WANDB_SECONDS,
+            finish_timeout_raises=True,
+        ),
+    )
