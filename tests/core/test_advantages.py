@@ -40,7 +40,7 @@ def test_equal_the_definition(kind, rewards):
 @pytest.mark.parametrize("reward", [0.1, 1.0, -3.3, 1e30])
 @pytest.mark.parametrize("group", [1, 3, 7])
 def test_equal_rewards_give_exactly_zero(kind, reward, group):
-    assert advantages(torch.full((2, group), reward), kind).tolist() == [[0.0] * group] * 2
+    assert advantages(torch.full((2, group), reward, dtype=torch.float64), kind).tolist() == [[0.0] * group] * 2
 
 
 @pytest.mark.parametrize("kind", KINDS)

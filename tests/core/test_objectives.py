@@ -1,7 +1,8 @@
 """Every objective against its published form, written independently on padded [B, L] tensors, values and gradients.
 
 Tolerances: the module computes in float64 from the inputs it is given, so that on float64 inputs it differs from
-another float64 computation by summation order alone: EXACT. On float32 inputs the results are rounded once: ROUNDED.
+another float64 computation by summation order alone (`assert_exact`). On float32 inputs the results are rounded once
+more, to float32 (`assert_rounded`).
 """
 
 import math
@@ -15,9 +16,6 @@ from torch import Tensor
 
 from qarl.algorithm import Bounds, Correction, Objective, dapo, dr_grpo, dual_clip, grpo, gspo, icepop, tbpo
 from qarl.objectives import SUMS, combine, finalize, kl_estimate, surrogate
-
-EXACT = {"rtol": 1e-11, "atol": 1e-15}
-ROUNDED = {"rtol": 1e-6, "atol": 1e-12}
 
 REINFORCE = Objective(ratio="token", bounds=Bounds(None, None, None), normaliser="token_mean")
 OBJECTIVES = {
@@ -34,6 +32,14 @@ OBJECTIVES = {
     "gspo_mis": replace(gspo(0.03, 0.04), correction=Correction("mis", "sequence", 1.1, 0.9)),
     "gspo_tis_sum": replace(gspo(0.03, 0.04), correction=Correction("tis", "sequence_sum", 2.0)),
 }
+
+
+def assert_exact(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-15)
+
+
+def assert_rounded(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-12)
 
 
 @dataclass(frozen=True)
@@ -53,8 +59,8 @@ class Batch:
     def take(self, order: list[int]) -> "Batch":
         """The responses of these numbers, in this order."""
         index = torch.cat([torch.zeros(0, dtype=torch.int64), *((self.sequence == i).nonzero()[:, 0] for i in order)])
-        tokens = (tensor[index] for tensor in (self.logprobs, self.old, self.sampler))
-        return Batch(*tokens, self.advantages[order], tuple(self.lengths[i] for i in order))
+        logprobs, old, sampler = self.logprobs[index], self.old[index], self.sampler[index]
+        return Batch(logprobs, old, sampler, self.advantages[order], tuple(self.lengths[i] for i in order))
 
 
 def make_batch(lengths=(5, 1, 9, 3, 7, 2), *, seed=0, step=0.15, gap=0.15, dtype=torch.float64) -> Batch:
@@ -68,7 +74,7 @@ def make_batch(lengths=(5, 1, 9, 3, 7, 2), *, seed=0, step=0.15, gap=0.15, dtype
     logprobs = old + step * (shift + torch.randn(n, generator=random, dtype=torch.float64))
     sampler = old + gap * torch.randn(n, generator=random, dtype=torch.float64)
     advantages = torch.randn(len(lengths), generator=random, dtype=torch.float64)
-    return Batch(*(tensor.to(dtype) for tensor in (logprobs, old, sampler, advantages)), lengths)
+    return Batch(logprobs.to(dtype), old.to(dtype), sampler.to(dtype), advantages.to(dtype), lengths)
 
 
 def run(batch: Batch, objective: Objective, *, totals: tuple[int, int] | None = None, **extra):
@@ -133,6 +139,7 @@ def published_mean(terms: Tensor, mask: Tensor, objective: Objective) -> Tensor:
         return terms.sum() / mask.sum()
     if objective.normaliser == "sequence_mean":
         return (terms.sum(-1) / mask.sum(-1)).mean()
+    assert objective.constant_tokens is not None
     return (terms.sum(-1) / objective.constant_tokens).mean()
 
 
@@ -154,8 +161,8 @@ def test_loss_and_gradient_equal_the_published_form_on_a_padded_batch(name, seed
     batch = make_batch(seed=seed)
     loss, grad, _ = run(batch, OBJECTIVES[name])
     expected_loss, expected_grad = published(batch, OBJECTIVES[name])
-    torch.testing.assert_close(loss, expected_loss, **EXACT)
-    torch.testing.assert_close(grad, expected_grad, **EXACT)
+    assert_exact(loss, expected_loss)
+    assert_exact(grad, expected_grad)
 
 
 def test_those_batches_meet_every_bound():
@@ -172,8 +179,8 @@ def test_float32_inputs_lose_nothing_but_the_rounding_of_the_result(name):
     loss, grad, _ = run(batch, objective)
     expected_loss, expected_grad = published(batch, objective)
     assert loss.dtype == grad.dtype == torch.float32
-    torch.testing.assert_close(loss.double(), expected_loss, **ROUNDED)
-    torch.testing.assert_close(grad.double(), expected_grad, **ROUNDED)
+    assert_rounded(loss.double(), expected_loss)
+    assert_rounded(grad.double(), expected_grad)
 
 
 def test_tbpo_gradient_equals_the_formula_token_by_token():
@@ -188,7 +195,7 @@ def test_tbpo_gradient_equals_the_formula_token_by_token():
         expected += [-w * r * A / 8 / 5 * inside] * 8  # d/dlogprob_t of -(1/5) w r A, with dr/dlogprob_t = r/8
     grad = run(batch, tbpo())[1]
     assert 0 < sum(g == 0 for g in expected) < 40
-    torch.testing.assert_close(grad, torch.tensor(expected, dtype=torch.float64), **EXACT)
+    assert_exact(grad, torch.tensor(expected, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
@@ -229,8 +236,8 @@ def test_tbpo_for_negative_advantages_is_dual_clip_on_the_gspo_ratio(seed):
     dual_clip_on_gspo = replace(dual_clip(3e-4, c=1 + 7e-4), ratio="sequence")
     loss, grad, _ = run(batch, tbpo())
     expected_loss, expected_grad, _ = run(batch, dual_clip_on_gspo)
-    torch.testing.assert_close(loss, expected_loss, **EXACT)  # not bit for bit: (1 + 7e-4) - 1 is not 7e-4
-    torch.testing.assert_close(grad, expected_grad, **EXACT)
+    assert_exact(loss, expected_loss)  # not bit for bit: (1 + 7e-4) - 1 is not 7e-4
+    assert_exact(grad, expected_grad)
 
 
 def test_tbpo_for_positive_advantages_without_mismatch_is_gspo_exactly():
@@ -258,7 +265,7 @@ def test_gspo_gradient_equals_its_token_form():
     A = batch.advantages[:, None].expand_as(mask)
     terms = torch.min(s_token * A, s_token.clamp(1 - 0.03, 1 + 0.04) * A)
     (expected,) = torch.autograd.grad(-published_mean(terms, mask, gspo()), logprobs)
-    torch.testing.assert_close(run(batch, gspo(0.03, 0.04))[1], expected, **EXACT)
+    assert_exact(run(batch, gspo(0.03, 0.04))[1], expected)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +309,7 @@ def test_with_one_update_per_rollout_every_band_is_inert():
     # ... and that is REINFORCE with the weight: d/dlogprob_t of -(1/B)(1/L_i) sum_t w~_i A_i logprob_t
     log_w = torch.stack([part.mean() for part in (batch.old - batch.sampler).split(list(batch.lengths))])
     per_response = -log_w.exp().clamp(max=1.1) * batch.advantages / torch.tensor(batch.lengths) / len(batch.lengths)
-    torch.testing.assert_close(grad, per_response[batch.sequence], **EXACT)
+    assert_exact(grad, per_response[batch.sequence])
     metrics = finalize(combine([sums]))
     assert metrics["clip/positive_high"] == metrics["clip/negative_low"] == metrics["clip/negative_high"] == 0
     assert metrics["objective/ratio_mean"] == pytest.approx(1, rel=1e-15)
@@ -327,9 +334,9 @@ def test_micro_batches_in_any_order_add_up_to_the_whole_batch(lengths, order, cu
     parts = [permutation[:cut], permutation[cut:]]
     loss, grad, sums = run(batch, objective)
     results = [run(batch.take(part), objective, totals=totals) for part in parts]
-    torch.testing.assert_close(results[0][0] + results[1][0], loss, **EXACT)
+    assert_exact(results[0][0] + results[1][0], loss)
     grads = [grad[batch.sequence == i] for part in parts for i in part]
-    torch.testing.assert_close(torch.cat([results[0][1], results[1][1]]), torch.cat(grads), **EXACT)
+    assert_exact(torch.cat([results[0][1], results[1][1]]), torch.cat(grads))
     assert combine([results[0][2], results[1][2]]) == pytest.approx(combine([sums]), rel=1e-11, abs=1e-13)
 
 
@@ -349,7 +356,7 @@ def same_but_for_the_dropped(batch: Batch, dropped: int, objective: Objective, *
     expected_loss, expected_grad, expected = run(
         rest, objective, totals=totals, **{k: v[keep] for k, v in extra.items()}
     )
-    torch.testing.assert_close(loss, expected_loss, **EXACT)
+    assert_exact(loss, expected_loss)
     assert torch.equal(grad[keep], expected_grad) and (grad[~keep] == 0).all()
     assert combine([sums]) == pytest.approx({**combine([expected]), "dropped": 1.0}, rel=1e-12)
 
@@ -432,10 +439,11 @@ def test_advantages_of_zero_give_no_gradient_and_count_on_neither_side(name):
     assert loss == 0 and (grad == 0).all() and sums["positive"] == sums["negative"] == 0 and sums["units"] > 0
 
 
-@pytest.mark.parametrize("coefficient", ["kl_coefficient", "entropy_coefficient"])
-def test_a_penalty_without_its_input_is_refused(coefficient):
-    with pytest.raises(AssertionError, match=coefficient):
-        run(make_batch(), replace(tbpo(), **{coefficient: 0.1}))
+def test_a_penalty_without_its_input_is_refused():
+    with pytest.raises(AssertionError, match="kl_coefficient"):
+        run(make_batch(), replace(tbpo(), kl_coefficient=0.1))
+    with pytest.raises(AssertionError, match="entropy_coefficient"):
+        run(make_batch(), replace(tbpo(), entropy_coefficient=0.1))
 
 
 def test_entropies_that_the_objective_does_not_use_are_only_counted():
@@ -458,7 +466,7 @@ def test_kl_and_entropy_enter_with_their_sign_and_normaliser():
     mask = pad(torch.ones_like(q), batch.lengths)
     penalty = 0.5 * pad(q.exp() - 1 - q, batch.lengths) - 0.25 * pad(entropies, batch.lengths)
     expected = run(batch, grpo())[0] + published_mean(penalty, mask, grpo())
-    torch.testing.assert_close(loss, expected, **EXACT)
+    assert_exact(loss, expected)
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
@@ -473,7 +481,7 @@ def test_kl_estimates_in_expectation(estimator):
     mean = (p.detach() * kl_estimate(logprobs, reference.log(), estimator)).sum()
     (mean_gradient,) = torch.autograd.grad(mean, logits)
     if estimator in ("k1", "k3"):
-        torch.testing.assert_close(mean, kl, **EXACT)
+        assert_exact(mean, kl)
     if estimator in ("k1", "k2"):
         expected = torch.zeros_like(gradient) if estimator == "k1" else gradient
         torch.testing.assert_close(mean_gradient, expected, rtol=1e-11, atol=1e-15)
@@ -483,47 +491,44 @@ def test_kl_estimates_in_expectation(estimator):
 
 
 def statistics_batch() -> Batch:
-    """Responses of two tokens with ratios 1.5, 0.5, 1.2, 0.5, 1.1 on both tokens, then an empty one."""
-    ratios = torch.tensor([1.5, 0.5, 1.2, 0.5, 1.1], dtype=torch.float64).repeat_interleave(2)
-    old = torch.full((10,), -2.0, dtype=torch.float64)
-    sampler = old - torch.tensor(
-        [0.0, 0.0, 0.0, 0.0, 1.0, 1.0, -1.0, -1.0, 0.0, 0.0]
-    )  # w = e in the third, 1/e in the fourth
-    advantages = torch.tensor([1.0, 1.0, -1.0, -1.0, -1.0, 1.0], dtype=torch.float64)
-    return Batch(old + ratios.log(), old, sampler, advantages, (2, 2, 2, 2, 2, 0))
+    """Seven responses of two tokens, the same ratio on both, then an empty one. Different counts on each side."""
+    ratios = torch.tensor([1.5, 0.5, 1.3, 1.4, 1.2, 0.5, 0.7], dtype=torch.float64).repeat_interleave(2)
+    log_weights = torch.tensor([0.0, 0.0, 1.0, 1.0, -1.0, 0.0, 0.0], dtype=torch.float64).repeat_interleave(2)
+    advantages = torch.tensor([1.0, 1.0, 1.0, 1.0, -1.0, -1.0, -1.0, 1.0], dtype=torch.float64)
+    old = torch.full((14,), -2.0, dtype=torch.float64)
+    return Batch(old + ratios.log(), old, old - log_weights, advantages, (2, 2, 2, 2, 2, 2, 2, 0))
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_statistics_count_units_by_sign_and_side(level):
-    correction = Correction("mis", level, cap=2.0, floor=0.5)
-    objective = Objective(level, Bounds(0.1, 0.2, 0.15), "sequence_mean", correction)
-    batch = statistics_batch()
-    loss, _, sums = run(batch, objective, entropies=torch.ones(10), reference_logprobs=None)
-    units = 2 if level == "token" else 1  # units of one response
+    objective = Objective(level, Bounds(0.1, 0.2, 0.15), "sequence_mean", Correction("mis", level, cap=2.0, floor=0.5))
+    loss, _, sums = run(statistics_batch(), objective, entropies=torch.ones(14))
+    units = 2 if level == "token" else 1  # of one response
     expected = {
         "loss": loss.item(),
-        "tokens": 10,
-        "sequences": 5,
+        "tokens": 14,
+        "sequences": 7,
         "dropped": 1,
-        "units": 5 * units,
-        "ratio": (1.5 + 0.5 + 1.2 + 0.5 + 1.1) * units,
+        "units": 7 * units,
+        "ratio": 7.1 * units,
         "ratio_max": 1.5,
-        "positive": 2 * units,
+        "positive": 4 * units,
         "negative": 3 * units,
-        "positive_high": units,
-        "negative_low": units,
-        "negative_high": units,
-        "correction_units": 5 * units,
-        "correction_high": units,
-        "correction_low": units,
+        "positive_high": 3 * units,
+        "negative_low": 2 * units,
+        "negative_high": 1 * units,
+        "correction_units": 7 * units,
+        "correction_high": 2 * units,
+        "correction_low": 1 * units,
         "kl": 0,
-        "entropy": 10,
+        "entropy": 14,
     }
     assert combine([sums]) == pytest.approx(expected, rel=1e-12)
     metrics = finalize(combine([sums]))
-    assert metrics["clip/positive_high"] == 0.5 and metrics["clip/negative_high"] == pytest.approx(1 / 3)
-    assert metrics["clip/mismatch_high"] == metrics["clip/mismatch_low"] == 0.2
-    assert metrics["objective/ratio_mean"] == pytest.approx(0.96) and metrics["entropy"] == 1
+    assert metrics["clip/positive_high"] == 3 / 4
+    assert metrics["clip/negative_low"] == 2 / 3 and metrics["clip/negative_high"] == 1 / 3
+    assert metrics["clip/mismatch_high"] == 2 / 7 and metrics["clip/mismatch_low"] == 1 / 7
+    assert metrics["objective/ratio_mean"] == pytest.approx(7.1 / 7) and metrics["entropy"] == 1
 
 
 def test_combine_adds_everything_but_the_largest_ratio():
