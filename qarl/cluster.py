@@ -27,7 +27,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from qarl import formats
 from qarl.config import RunConfig
 from qarl.errors import EngineError
-from qarl.records import Completion, MicroBatch, MiniBatch, Prompt, RefillReport, Sampling, UpdateStats
+from qarl.records import Completion, MiniBatch, Prompt, RefillReport, Sampling, UpdateStats, WeightUpdate
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,16 @@ class Published:
     """Reference to the `WeightUpdate`."""
 
 
+@dataclass(frozen=True)
+class Standing:
+    """What a learner says of itself once it stands."""
+
+    contract_hash: str
+    coverage: str
+    backend: str
+    """The one that computes, where `auto` was asked for."""
+
+
 class _LearnerActor:
     """One rank of the learner."""
 
@@ -53,25 +63,17 @@ class _LearnerActor:
             probe.bind(("", 0))
             return f"tcp://{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
 
-    def start(self, arguments: dict[str, Any]) -> tuple[str, str]:
-        """Build the rank; returns the contract hash and the coverage line."""
+    def start(self, arguments: dict[str, Any]) -> Standing:
+        """Build the rank."""
         from qarl.trainer.learner import Learner
 
-        self._learner = Learner(**arguments)
-        shapes = self._learner.parameters()
-        return self._learner.contract_hash(), str(formats.coverage(arguments["format"], shapes))
+        learner = self._learner = Learner(**arguments)
+        coverage = formats.coverage(arguments["format"], learner.parameters())
+        return Standing(learner.contract_hash(), str(coverage), learner.backend)
 
     def publish(self, version: int, n_tiles: int) -> tuple[dict[str, Any] | None, Any]:
         update = self._learner.publish(version, n_tiles)
-        if update is None:
-            return None, None
-        header = {
-            "version": update.version,
-            "contract_hash": update.contract_hash,
-            "n_bytes": update.n_bytes,
-            "seconds": dict(update.seconds),
-        }
-        return header, update
+        return (None, None) if update is None else _with_header(update)
 
     def call(self, method: str, *arguments: Any) -> Any:
         return getattr(self._learner, method)(*arguments)
@@ -80,13 +82,11 @@ class _LearnerActor:
 class _EngineActor:
     """One engine."""
 
-    def start(self, kind: str, arguments: dict[str, Any]) -> str:
+    def start(self, arguments: dict[str, Any]) -> str:
         """Build the engine; returns its contract hash."""
-        if kind == "vllm":
-            from qarl.rollout.vllm_engine import VllmEngine as Engine
-        else:
-            from qarl.rollout.torch_engine import TorchEngine as Engine  # type: ignore[assignment]
-        self._engine = Engine(**arguments)
+        from qarl.rollout.engine import open_engine
+
+        self._engine = open_engine(**arguments)
         return self._engine.contract_hash()
 
     def refill(self, update: Any) -> RefillReport:
@@ -100,9 +100,11 @@ class LearnerGroup:
     """All ranks of the learner as one policy that can be scored, stepped and published."""
 
     def __init__(self, config: RunConfig, model: str) -> None:
-        self._ranks = [_spawn_learner(config, rank) for rank in range(config.learner.ranks)]
+        self.ranks = config.learner.ranks
+        self.tokens = config.learner.tokens
+        """Of a micro-batch, at most."""
+        self._ranks = [_spawn_learner(config) for _ in range(self.ranks)]
         meeting = _get(self._ranks[0].rendezvous.remote())
-        world = len(self._ranks)
         arguments = {
             "config": config.learner,
             "model_path": model,
@@ -112,16 +114,14 @@ class LearnerGroup:
             "temperature": config.rollout.sampling.temperature,
             "total_updates": config.steps * config.algorithm.mini_batches,
             "seed": config.seed,
-            "world": world,
+            "world": self.ranks,
             "init_method": meeting,
         }
         self._starting = [a.start.remote({**arguments, "rank": r}) for r, a in enumerate(self._ranks)]
-        self.contract_hash = ""
-        self.coverage = ""
 
     def wait(self) -> None:
         """Until every rank stands."""
-        self.contract_hash, self.coverage = _get(self._starting)[0]
+        self.standing: Standing = _get(self._starting)[0]
 
     def score(self, batch: MiniBatch) -> list[list[np.ndarray]]:
         """[rank][micro-batch] -> log-probs of its response tokens, float32 [R]."""
@@ -157,7 +157,7 @@ class Sampler:
         self._arguments = engine_arguments(config, model)
         self._restarts = config.rollout.restarts
         self._published: Published | None = None
-        self._engines = [_spawn_engine(config, r) for r in range(config.rollout.replicas)]
+        self._engines = [_spawn_engine(config) for _ in range(config.rollout.replicas)]
         self._starting = [self._start(e) for e in self._engines]
         self.contract_hash = ""
         self.restarted = 0
@@ -204,7 +204,7 @@ class Sampler:
                 f"engine {index} died: {death}. It was started again {self.restarted} times already (rollout.restarts)"
             ) from death
         self.restarted += 1
-        self._engines[index] = engine = _spawn_engine(self._config, index)
+        self._engines[index] = engine = _spawn_engine(self._config)
         try:
             _get(self._start(engine))
             if self._published is not None:
@@ -213,7 +213,7 @@ class Sampler:
             self._replace(index, again)
 
     def _start(self, engine: Any) -> Any:
-        return engine.start.remote(self._config.rollout.engine, self._arguments)
+        return engine.start.remote(self._arguments)
 
 
 @dataclass(frozen=True)
@@ -235,6 +235,39 @@ class Cluster:
 
 
 @contextmanager
+def sampler_only(config: RunConfig, model: str) -> Iterator[Sampler]:
+    """Engines without a learner, refilled once with the weights of the folder or hub model as they are."""
+    with ray_session(config):
+        sampler = Sampler(config, model)
+        header, update = ray.remote(_publish_folder).options(num_cpus=0, num_returns=2).remote(config, model)
+        sampler.wait()
+        sampler.refill(Published(**_get(header), update=update))
+        yield sampler
+
+
+def _publish_folder(config: RunConfig, model: str) -> tuple[dict[str, Any], Any]:
+    import torch
+
+    from qarl.trainer.model import load_model
+    from qarl.trainer.publish import make_update
+
+    policy = load_model(model, getattr(torch, config.model.dtype), config.model.revision)
+    return _with_header(
+        make_update(policy.named_parameters(), formats.get(config.rollout.format), 0, config.sync.tiles)
+    )
+
+
+def _with_header(update: WeightUpdate) -> tuple[dict[str, Any], WeightUpdate]:
+    header = {
+        "version": update.version,
+        "contract_hash": update.contract_hash,
+        "n_bytes": update.n_bytes,
+        "seconds": dict(update.seconds),
+    }
+    return header, update
+
+
+@contextmanager
 def ray_session(config: RunConfig) -> Iterator[None]:
     """A Ray of our own, or the running one at `placement.address`."""
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # else workers would rebuild the environment
@@ -252,20 +285,24 @@ def engine_arguments(config: RunConfig, model: str) -> dict[str, Any]:
     """What both engines are built from."""
     return {
         "config": config.rollout,
-        "model_path": model,
+        "path": model,
         "dtype": config.model.dtype,
         "max_tokens": config.model.max_tokens,
         "tile_tolerance": config.sync.tile_tolerance,
     }
 
 
-def _spawn_learner(config: RunConfig, rank: int) -> Any:
+def _spawn_learner(config: RunConfig) -> Any:
     threads = config.learner.threads or max(1, (os.cpu_count() or 1) // config.learner.ranks)
     return ray.remote(_LearnerActor).options(**_resources(config, 1, threads)).remote()
 
 
-def _spawn_engine(config: RunConfig, index: int) -> Any:
-    return ray.remote(_EngineActor).options(**_resources(config, config.rollout.tensor_parallel, os.cpu_count() or 1)).remote()
+def _spawn_engine(config: RunConfig) -> Any:
+    return (
+        ray.remote(_EngineActor)
+        .options(**_resources(config, config.rollout.tensor_parallel, os.cpu_count() or 1))
+        .remote()
+    )
 
 
 def _resources(config: RunConfig, gpus: int, threads: int) -> dict[str, Any]:
@@ -283,8 +320,3 @@ def _get(references: Any) -> Any:
         if isinstance(cause, Exception):
             raise cause from error
         raise
-
-
-def as_micro_batches(batch: MiniBatch) -> list[MicroBatch]:
-    """All micro-batches that hold sequences, rank by rank."""
-    return [m for rank in batch.ranks for m in rank if m.n_sequences]

@@ -13,6 +13,7 @@ from qarl.error_tokens import error_token_metrics
 from qarl.mismatch import mismatch_statistics
 from qarl.objectives import combine, finalize
 from qarl.records import Sample, UpdateStats
+from qarl.rewards import Rewards
 
 
 class Stopwatch:
@@ -39,7 +40,12 @@ class Stopwatch:
         return {f"time/{stage}_s": value for stage, value in seconds.items()} | {"time/step_s": step}
 
 
-def sample_metrics(samples: Sequence[Sample], max_tokens: int, group: int) -> dict[str, float]:
+def reward_metrics(rewards: Rewards) -> dict[str, float]:
+    """What became of the scoring itself."""
+    return {"reward/timeouts": float(rewards.timeouts), "reward/crashes": float(rewards.crashes)}
+
+
+def sample_metrics(samples: Sequence[Sample], group: int) -> dict[str, float]:
     """Rewards, lengths, mismatch and error tokens of a step's samples, which are scored and in order of their prompts."""
     rewards = np.array([s.reward for s in samples])
     lengths = np.array([len(s.completion.tokens) for s in samples])

@@ -14,7 +14,9 @@ from qarl.errors import SyncError
 from qarl.records import Prompt
 
 
-def sync(config: RunConfig, learner: LearnerGroup, sampler: Sampler, version: int, canaries: Sequence[Prompt]) -> dict[str, float]:
+def sync(
+    config: RunConfig, learner: LearnerGroup, sampler: Sampler, version: int, canaries: Sequence[Prompt]
+) -> dict[str, float]:
     """Bring every engine to the learner's weights, as `version`; returns the metrics `sync/*`.
 
     Engines check checksums, contract and tiles as they refill; here the contract is compared across processes and the canary
@@ -52,7 +54,7 @@ def canary_gap(learner: LearnerGroup, sampler: Sampler, canaries: Sequence[Promp
     sequences = [prompt.tokens for prompt in canaries if len(prompt.tokens) > 1]
     if not sequences:
         return 0.0
-    batch, order = pack_to_score(sequences, len(learner), learner.tokens)
+    batch, order = pack_to_score(sequences, learner.ranks, learner.tokens)
     mine = order.unpack(learner.score(batch))
     served = sampler.score(sequences, [1] * len(sequences))
     return max(float(np.abs(np.concatenate(mine) - np.concatenate(engine)).mean()) for engine in served)

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 from hydra import compose, initialize_config_module
 
+from qarl.cli import compose_run, register
 from qarl.config import RunConfig
-from qarl.train import compose_run, register
 
 
 @pytest.fixture(scope="session")

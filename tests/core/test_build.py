@@ -10,9 +10,9 @@ from hydra import compose, initialize_config_module
 
 from qarl import algorithm, config
 from qarl.build import build, check_keys, to_mapping
+from qarl.cli import GROUPS, check_overrides, register
 from qarl.config import RunConfig
 from qarl.errors import ConfigError
-from qarl.train import GROUPS, check_overrides, register
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,0 +1,1 @@
+"""Measured claims: each module is a command, `python -m benchmarks.NAME`, that prints a table and writes `results/NAME*.json`."""

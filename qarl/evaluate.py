@@ -1,0 +1,59 @@
+"""Evaluate: `python -m qarl.evaluate model=folder model.path=FOLDER data=NAME rollout.format=FORMAT evaluation.n=4 …`
+
+Scores a checkpoint's `policy` folder or a hub model on the held-out set of `data`, sampled by the engine at any format:
+mean@n and pass@k with 95 % bootstrap intervals. `--multirun data=A,B rollout.format=bf16,w8a8_int8` makes the table.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from qarl.cli import launch
+from qarl.config import RunConfig
+
+
+def evaluate(config: RunConfig) -> None:
+    from qarl.cluster import sampler_only
+    from qarl.evaluation import evaluate as score
+    from qarl.evaluation import summary
+    from qarl.prepare import prepare
+    from qarl.records import Sampling
+    from qarl.rewards import Rewarder
+    from qarl.rundir import write_atomically
+
+    settings, inputs = config.evaluation, prepare(config)
+    sampling = Sampling(
+        temperature=settings.temperature,
+        max_tokens=config.rollout.sampling.max_tokens,
+        stop=config.rollout.sampling.stop,
+    )
+    with Rewarder(config.reward) as rewarder, sampler_only(config, inputs.model) as sampler:
+        found = score(sampler, rewarder, inputs.heldout, n=settings.n, sampling=sampling, seed=config.seed)
+    rows = summary(found)
+    record = {
+        "model": config.model.path or config.model.gguf or "pocket",
+        "data": config.data.heldout.source,
+        "prompts": len(inputs.heldout),
+        "n": settings.n,
+        "temperature": settings.temperature,
+        "format": config.rollout.format,
+        "engine": config.rollout.engine,
+        "timeouts": found.timeouts,
+        "seed": config.seed,
+        "scores": rows,
+    }
+    folder = Path(config.out) / config.name
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"evaluation_{Path(config.data.heldout.source).name.replace(':', '_')}_{config.rollout.format}.json"
+    write_atomically(file, json.dumps(record, indent=1) + "\n")
+    print(
+        f"{record['data']} · {len(inputs.heldout)} prompts · {config.rollout.format} · temperature {settings.temperature:g}"
+    )
+    for name, row in rows.items():
+        print(f"  {name:<8} {row['mean']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]")
+    print(f"  written to {file}")
+
+
+if __name__ == "__main__":
+    launch(evaluate, "evaluate")

@@ -1,0 +1,145 @@
+"""One run: publish the policy in low bits, sample with it, learn with its own arithmetic, and again.
+
+Version `step` of the weights writes the responses of step `step`. Held-out accuracy logged with a step is that of its version,
+so the last row, after the last update, holds an accuracy and no rollout.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from qarl import checkpoint
+from qarl.cluster import Cluster
+from qarl.config import RunConfig
+from qarl.errors import CheckpointError, DivergenceError
+from qarl.evaluation import evaluate
+from qarl.guard import Guard
+from qarl.measure import Stopwatch, reward_metrics, sample_metrics, update_metrics
+from qarl.metrics import Metrics
+from qarl.prepare import Inputs, prepare, say
+from qarl.records import Sampling
+from qarl.report import write_report
+from qarl.rewards import Rewarder
+from qarl.rundir import RunDir, open_run
+from qarl.samples import deal, score, to_samples
+from qarl.seeds import completion_seeds, mini_batch_order
+from qarl.summary import conclude
+from qarl.sync import sync
+
+
+def run(config: RunConfig) -> None:
+    """Train until `config.steps`, or raise: what was reached is saved, and `resume=auto` continues it."""
+    started = time.perf_counter()
+    run_dir = open_run(config)
+    inputs = prepare(config)
+    with (
+        Rewarder(config.reward) as rewarder,
+        Cluster.open(config, inputs.model) as cluster,
+        Metrics.open(run_dir.path, config, run_dir.first_step) as metrics,
+    ):
+        standing = cluster.learner.standing
+        say(f"{config.rollout.format}: {standing.coverage}; learner backend {standing.backend}")
+        train(config, run_dir, inputs, cluster, rewarder, metrics)
+    closing = conclude(config, run_dir.path, time.perf_counter() - started)
+    write_report(run_dir.path)
+    print(closing)
+
+
+def train(
+    config: RunConfig, run_dir: RunDir, inputs: Inputs, cluster: Cluster, rewarder: Rewarder, metrics: Metrics
+) -> None:
+    """The algorithm."""
+    learner, sampler, prompts = cluster.learner, cluster.sampler, inputs.train
+    algorithm, sampling = config.algorithm, config.rollout.sampling
+    guard, watch = Guard(config.guard), Stopwatch()
+    restore(run_dir, cluster, inputs)
+
+    for step in range(run_dir.first_step, config.steps + 1):
+        with watch("publish"):
+            row = sync(config, learner, sampler, step, inputs.canaries)
+        if _due(config.evaluation.every, step) or step in (0, config.steps):
+            with watch("evaluate"):
+                row["accuracy/heldout"] = _accuracy(config, cluster, rewarder, inputs)
+        if step == config.steps:
+            metrics.log(step, row | watch.lap())
+            return
+
+        with watch("sample"):
+            asked = prompts.take(algorithm.prompts)
+            seeds = completion_seeds(config.seed, "rollout", step, algorithm.prompts, algorithm.group)
+            completions = sampler.generate(asked, sampling, seeds)
+        with watch("reward"):
+            rewards = rewarder.score([c.text for c in completions], [p for p in asked for _ in range(algorithm.group)])
+            samples = to_samples(asked, completions, rewards.values, algorithm.advantage)
+        with watch("score"):
+            samples = score(learner, samples)
+        with watch("learn"):
+            order = mini_batch_order(config.seed, step, len(samples))
+            parts = deal(samples, order, algorithm.mini_batches, learner.ranks, learner.tokens)
+            try:
+                updates = [learner.update(part) for part in parts]
+            except DivergenceError as error:
+                raise _saved(error, config, run_dir, cluster, inputs, step) from error
+
+        row |= reward_metrics(rewards) | sample_metrics(samples, algorithm.group) | update_metrics(updates)
+        row["engine/restarts"] = sampler.restarted
+        row |= watch.lap()
+        with watch("log"):
+            metrics.log(step, row)
+            metrics.log_samples(step, samples, {p.id: p for p in asked})
+        try:
+            guard.check(step, row)
+        except DivergenceError as error:
+            raise _saved(error, config, run_dir, cluster, inputs, step + 1) from error
+        if _due(config.checkpoint.every, step + 1) or step + 1 == config.steps:
+            with watch("checkpoint"):
+                save(run_dir.checkpoints, config, cluster, inputs, step + 1)
+
+
+def restore(run_dir: RunDir, cluster: Cluster, inputs: Inputs) -> None:
+    """Learner and prompt stream as they were; raises `CheckpointError` where the checkpoint is of another contract."""
+    if run_dir.resumed is None:
+        return
+    saved, mine = run_dir.resumed.state["contract_hash"], cluster.learner.standing.contract_hash
+    if saved != mine:
+        raise CheckpointError(f"{run_dir.resumed.folder} was made under contract {saved}, this run's is {mine}")
+    cluster.learner.load(run_dir.resumed.folder)
+    inputs.train.restore(run_dir.resumed.state["prompts"])
+    say(f"resumed from {run_dir.resumed.folder}")
+
+
+def save(root: Path, config: RunConfig, cluster: Cluster, inputs: Inputs, step: int) -> Path:
+    """A checkpoint after `step` steps, complete or not there."""
+    state = {
+        "step": step,
+        "contract_hash": cluster.learner.standing.contract_hash,
+        "format": config.rollout.format,
+        "prompts": inputs.train.state(),
+    }
+    return checkpoint.save(root, state, cluster.learner.save, config.checkpoint.keep)
+
+
+def _saved(
+    error: DivergenceError, config: RunConfig, run_dir: RunDir, cluster: Cluster, inputs: Inputs, step: int
+) -> DivergenceError:
+    """The error, once the state it happened in is on disk, apart from the checkpoints that a resume looks at."""
+    folder = save(run_dir.path / "diverged", config, cluster, inputs, step)
+    last = checkpoint.newest(run_dir.checkpoints)
+    healthy = f"resume=auto continues from {last.folder}" if last else "there is no earlier checkpoint"
+    return DivergenceError(f"{error}\n  The state is saved in {folder}; {healthy}.")
+
+
+def _accuracy(config: RunConfig, cluster: Cluster, rewarder: Rewarder, inputs: Inputs) -> float:
+    settings = config.evaluation
+    sampling = Sampling(
+        temperature=settings.temperature,
+        max_tokens=config.rollout.sampling.max_tokens,
+        stop=config.rollout.sampling.stop,
+    )
+    found = evaluate(cluster.sampler, rewarder, inputs.heldout, n=settings.n, sampling=sampling, seed=config.seed)
+    return found.accuracy
+
+
+def _due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0

@@ -1,0 +1,43 @@
+"""From completions to what the learner takes: rewards, advantages, old log-probs, mini-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from qarl.advantages import advantages
+from qarl.algorithm import AdvantageKind
+from qarl.batching import pack, pack_to_score
+from qarl.cluster import LearnerGroup
+from qarl.records import Completion, MiniBatch, Prompt, Sample
+
+
+def to_samples(
+    prompts: Sequence[Prompt], completions: Sequence[Completion], rewards: np.ndarray, kind: AdvantageKind
+) -> list[Sample]:
+    """Completions with their rewards [prompts x group] and the advantages within each group, prompt by prompt."""
+    group = len(completions) // len(prompts)
+    gained = advantages(torch.from_numpy(rewards.reshape(len(prompts), group)), kind).flatten().tolist()
+    asked = [p for p in prompts for _ in range(group)]
+    assert [c.prompt for c in completions] == [p.id for p in asked], "completions are not in the order of their prompts"
+    return [
+        Sample(completion, prompt.tokens, float(reward), advantage)
+        for completion, prompt, reward, advantage in zip(completions, asked, rewards, gained, strict=True)
+    ]
+
+
+def score(learner: LearnerGroup, samples: Sequence[Sample]) -> list[Sample]:
+    """The same samples with `old_logprobs`: the aligned forward at the version that is published."""
+    sequences = [np.concatenate([s.prompt_tokens, s.completion.tokens]) for s in samples]
+    prompt_lengths = [len(s.prompt_tokens) for s in samples]
+    batch, order = pack_to_score(sequences, learner.ranks, learner.tokens, prompt_lengths)
+    logprobs = order.unpack(learner.score(batch))
+    return [replace(sample, old_logprobs=values) for sample, values in zip(samples, logprobs, strict=True)]
+
+
+def deal(samples: Sequence[Sample], order: np.ndarray, parts: int, ranks: int, tokens: int) -> list[MiniBatch]:
+    """The mini-batches of a rollout: samples in `order` (a permutation), cut into `parts` of equal size, packed."""
+    return [pack([samples[i] for i in part], ranks, tokens) for part in np.split(order, parts)]
