@@ -1,0 +1,95 @@
+"""Align a model: every parameter the format covers computes as the sampler does, forward; straight through, backward.
+
+Modules stay what they are and only their `forward` changes, so that names do not change and DeepSpeed's hooks still gather
+and release weights: under ZeRO-3 a weight exists only inside its module's forward and backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qarl.errors import ConfigError
+from qarl.formats import QuantFormat
+from qarl.kernels.dispatch import choose, kernel
+from qarl.kernels.linear import Arithmetic, aligned_experts, aligned_linear
+
+
+class AlignedModel:
+    """The aligned forward of one model: what is covered, and the weights laid out for its products as they are now."""
+
+    def __init__(
+        self, model: nn.Module, format: QuantFormat, backend: str, device_type: str, dtype: torch.dtype
+    ) -> None:
+        """Swaps forwards in place. Backend `none` swaps nothing: the learner computes unquantized, and is not aligned."""
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        self.covered = {name: shape for name, shape in shapes.items() if format.covers(name, shape)}
+        for name, shape in self.covered.items():
+            format.check_shape(name, shape)
+        self._prepared: dict[str, Any] = {}
+        self.backend = "none"
+        if self.covered and backend != "none":
+            self.backend = choose(format.name, backend, device_type)
+            self._arithmetic = Arithmetic(kernel(format.name), format.group, self.backend, dtype)
+            self._swap(model)
+
+    def invalidate(self) -> None:
+        """Forget all codes: the weights have changed."""
+        self._prepared.clear()
+
+    def _swap(self, model: nn.Module) -> None:
+        left = set(self.covered)
+        for path, module in model.named_modules():
+            own = {f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)} & left
+            if own == {f"{path}.weight"} and isinstance(module, nn.Linear):
+                module.forward = _Linear(self, module, f"{path}.weight")
+            elif own == {f"{path}.gate_up_proj", f"{path}.down_proj"}:
+                module.forward = _Experts(self, module, path)
+            else:
+                continue
+            left -= own
+        if left:  # an architecture whose layers compute in a way not known here
+            raise ConfigError(f"rollout.format: there is no aligned forward for {sorted(left)[:3]}; choices: 'bf16'")
+
+    def _of(self, name: str, weight: Tensor) -> Any:
+        """Prepared once per version of the weight, also where gradient checkpointing runs a forward twice."""
+        if name not in self._prepared:
+            self._prepared[name] = self._arithmetic.prepare(weight.detach())
+        return self._prepared[name]
+
+    def linear(self, x: Tensor, name: str, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return aligned_linear(x, weight, bias, self._arithmetic, self._of(name, weight))
+
+    def experts(self, x: Tensor, name: str, weight: Tensor, offsets: Tensor) -> Tensor:
+        return aligned_experts(x, weight, offsets, self._arithmetic, self._of(name, weight))
+
+
+class _Linear:
+    """Forward of one `nn.Linear`."""
+
+    def __init__(self, aligned: AlignedModel, module: nn.Linear, name: str) -> None:
+        self.aligned, self.module, self.name = aligned, module, name
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.aligned.linear(x, self.name, self.module.weight, self.module.bias)
+
+
+class _Experts:
+    """Forward of one module of packed experts: `gate_up_proj` [E, 2M, H], `down_proj` [E, H, M], as in transformers 5."""
+
+    def __init__(self, aligned: AlignedModel, module: nn.Module, path: str) -> None:
+        self.aligned, self.module, self.path = aligned, module, path
+
+    def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden [T, H], experts chosen for each token and their weights [T, top_k] -> [T, H]."""
+        module = self.module
+        expert, order = top_k_index.flatten().sort(stable=True)  # rows by expert: each expert's are one product
+        token = order // top_k_index.shape[1]
+        offsets = torch.bincount(expert, minlength=module.num_experts).cumsum(0)
+        gate_up = self.aligned.experts(hidden[token], f"{self.path}.gate_up_proj", module.gate_up_proj, offsets)
+        gate, up = gate_up.chunk(2, dim=-1)
+        down = self.aligned.experts(module.act_fn(gate) * up, f"{self.path}.down_proj", module.down_proj, offsets)
+        weighted = down * top_k_weights.flatten()[order, None]
+        return torch.zeros_like(hidden).index_add(0, token, weighted.to(hidden.dtype))

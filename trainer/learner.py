@@ -1,0 +1,179 @@
+"""The learner: one rank of the policy being trained. Score, update, publish, save, load; a plain class, no Ray.
+
+Every method is a collective: all ranks call it together, with equally many micro-batches.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from qarl.algorithm import Objective
+from qarl.config import LearnerConfig
+from qarl.errors import ConfigError, DivergenceError
+from qarl.formats import QuantFormat
+from qarl.fusion import fused_shapes
+from qarl.objectives import SUMS, combine, surrogate
+from qarl.records import MicroBatch, UpdateStats, WeightUpdate
+from qarl.trainer.aligned import AlignedModel
+from qarl.trainer.model import load_model
+from qarl.trainer.optimizer import lr_at, make_optimizer
+from qarl.trainer.policy import Policy, to_tensors
+from qarl.trainer.publish import make_update
+from qarl.trainer.ranks import deepspeed, engine_config, join
+
+
+class Learner:
+    """One rank. Owns the master weights and the optimizer's state, or its shard of them."""
+
+    def __init__(
+        self,
+        config: LearnerConfig,
+        model_path: Path | str,
+        dtype: str,
+        format: QuantFormat,
+        objective: Objective,
+        temperature: float,
+        total_updates: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        init_method: str | None = None,
+    ) -> None:
+        """`init_method`: where ranks meet, as torch understands it; `total_updates`: the schedule's length."""
+        if objective.kl_coefficient:
+            raise ConfigError(
+                f"algorithm.objective.kl_coefficient: must be 0, got {objective.kl_coefficient}: no reference policy is kept"
+            )
+        self.config, self.format, self.objective = config, format, objective
+        self.total_updates = total_updates
+        self.rank, self.world, self.updates = rank, world, 0
+        torch.manual_seed(seed)
+        self.device = join(rank, world, init_method, config.threads)
+        model = load_model(model_path, getattr(torch, dtype))
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        self.model = model
+        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        self.aligned = AlignedModel(model, format, config.backend, self.device.type, getattr(torch, dtype))
+        policy = Policy(model, temperature, config.logprob_chunk)
+        self.optimizer = make_optimizer(model.named_parameters(), config.optimizer, config.zero, self.device.type)
+        self.engine, *_ = deepspeed.initialize(
+            model=policy, optimizer=self.optimizer, config=engine_config(config, dtype), dist_init_required=False
+        )
+        self.optimizer.register_step_pre_hook(self._before_weights_change)
+        self._grad_norm = math.nan
+
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape, as in the transformers model; tied parameters once."""
+        return dict(self.shapes)
+
+    def contract_hash(self) -> str:
+        return self.format.contract_hash(fused_shapes(self.aligned.covered))
+
+    def score(self, micro_batches: Sequence[MicroBatch]) -> list[np.ndarray]:
+        """Log-probs of each micro-batch's response tokens under the weights as they are: float32 [R], nats, tempered."""
+        scores = []
+        with torch.no_grad():
+            for batch in micro_batches:
+                logprobs, _ = self.engine(to_tensors(batch, self.device))
+                scores.append(logprobs.float().cpu().numpy()[: batch.n_response_tokens])
+        return scores
+
+    def update(self, micro_batches: Sequence[MicroBatch], n_sequences: int, n_tokens: int) -> UpdateStats:
+        """One optimizer step on the sum of all micro-batches' losses over all ranks.
+
+        `n_sequences`, `n_tokens`: of the whole mini-batch, all ranks. Raises `DivergenceError`, weights unchanged, where the
+        gradient is not finite.
+        """
+        seconds = dict.fromkeys(("forward", "backward", "optimizer"), 0.0)
+        sums = []
+        for i, batch in enumerate(micro_batches):
+            started = time.perf_counter()
+            loss, batch_sums = self._loss(batch, n_sequences, n_tokens)
+            sums.append(batch_sums)
+            seconds["forward"] += time.perf_counter() - started
+            started = time.perf_counter()
+            self.engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
+            # DeepSpeed averages over ranks; the loss is normalised by global counts already, so it has to be the sum.
+            self.engine.backward(loss * self.world, scale_wrt_gas=False)
+            seconds["backward"] += time.perf_counter() - started
+        started = time.perf_counter()
+        lr = self._step()
+        seconds["optimizer"] = time.perf_counter() - started
+        return UpdateStats(self._over_ranks(combine(sums)), self._grad_norm, lr, seconds)
+
+    def publish(self, version: int, n_tiles: int) -> WeightUpdate | None:
+        """The policy as this learner computes with it, on rank 0; `None` on the others, which take part in gathering."""
+        if self.rank == 0:
+            return make_update(self._gathered(), self.format, version, n_tiles)
+        for _ in self._gathered():
+            pass
+        return None
+
+    def _loss(self, batch: MicroBatch, n_sequences: int, n_tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
+        def tensor(values: np.ndarray | None) -> Tensor:
+            if values is None:
+                raise ValueError("a micro-batch to learn from needs old_logprobs: score it first")
+            return torch.as_tensor(values, device=self.device)
+
+        packed = to_tensors(batch, self.device)
+        logprobs, entropies = self.engine(packed)
+        n = batch.n_response_tokens  # 0 in a filler, whose dummy token has a log-prob all the same
+        loss, sums = surrogate(
+            logprobs[:n],
+            old_logprobs=tensor(batch.old_logprobs),
+            sampler_logprobs=tensor(batch.sampler_logprobs),
+            advantages=tensor(batch.advantages),
+            sequence=packed.sequence[:n],
+            n_sequences=batch.n_sequences,
+            batch_sequences=n_sequences,
+            batch_tokens=n_tokens,
+            objective=self.objective,
+            entropies=(entropies if self.objective.entropy_coefficient else entropies.detach())[:n],
+        )
+        return loss + logprobs[n:].sum() * 0.0, sums
+
+    def _step(self) -> float:
+        lr = lr_at(self.updates, self.config.optimizer, self.total_updates)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        self.engine.step()
+        if getattr(self.engine.optimizer, "overflow", False):  # DeepSpeed met a non-finite norm and skipped the step
+            raise DivergenceError(f"optimizer step {self.updates}: the gradient is not finite; weights are unchanged")
+        self.updates += 1
+        self.aligned.invalidate()
+        return lr
+
+    def _before_weights_change(self, *unused: object) -> None:
+        """Hook of the optimizer's step, which sees summed gradients and, under ZeRO, the norm that DeepSpeed clips by."""
+        if hasattr(self.engine.optimizer, "_global_grad_norm"):
+            self._grad_norm = float(self.engine.optimizer._global_grad_norm)
+        else:  # ZeRO 0: a plain optimizer on whole gradients
+            parameters = [p for p in self.model.parameters() if p.grad is not None]
+            self._grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.config.optimizer.grad_clip))
+        if not math.isfinite(self._grad_norm):
+            raise DivergenceError(f"optimizer step {self.updates}: the gradient is not finite; weights are unchanged")
+
+    def _over_ranks(self, sums: dict[str, float]) -> dict[str, float]:
+        """`SUMS` of this rank -> of all ranks."""
+        everyone = torch.zeros(self.world, len(SUMS), dtype=torch.float64, device=self.device)
+        everyone[self.rank] = torch.tensor([sums[name] for name in SUMS], dtype=torch.float64)
+        dist.all_reduce(everyone)
+        return combine([dict(zip(SUMS, row, strict=True)) for row in everyone])
+
+    def _gathered(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole weight), one after another; under ZeRO-3 each exists only until the next is asked for."""
+        for name, parameter in self.model.named_parameters():
+            gather = deepspeed.zero.GatheredParameters([parameter]) if self.config.zero == 3 else nullcontext()
+            with gather:
+                yield name, parameter.data

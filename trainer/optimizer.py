@@ -1,0 +1,67 @@
+"""Optimizers and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+from qarl.config import OptimizerConfig
+from qarl.errors import ConfigError
+
+Named = Iterable[tuple[str, torch.nn.Parameter]]
+
+
+def lr_at(step: int, config: OptimizerConfig, total: int) -> float:
+    """Learning rate of the optimizer step number `step`, from 0. Pure, so that a resumed run needs no schedule state.
+
+    Linear warm-up over `warmup` steps (the first is already above 0), then the schedule; a decaying one reaches
+    `min_lr_ratio` of the peak with step `total` - 1 and stays there.
+    """
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    done = min((step - config.warmup + 1) / max(total - config.warmup, 1), 1.0)
+    match config.schedule:
+        case "constant":
+            return config.lr
+        case "linear":
+            share = 1 - done
+        case "cosine":
+            share = 0.5 * (1 + math.cos(math.pi * done))
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * share)
+
+
+def make_optimizer(parameters: Named, config: OptimizerConfig, zero: int, device: str) -> torch.optim.Optimizer:
+    """The optimizer before DeepSpeed shards it. Weight decay reaches matrices only, never norms and biases."""
+    named = list(parameters)
+    decayed = [p for _, p in named if p.ndim >= 2]
+    others = [p for _, p in named if p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    match config.name:
+        case "adamw":
+            return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+        case "adamw_8bit":
+            return _adamw_8bit(groups, config, device)
+        case "muon":
+            if zero:
+                raise ConfigError(
+                    f"learner.optimizer.name: 'muon' needs whole matrices, which learner.zero={zero} cuts up; choices: "
+                    "learner.zero=0, or one of ['adamw', 'adamw_8bit']"
+                )
+            from qarl.trainer.muon import Muon
+
+            return Muon(named, config)
+    raise ConfigError(f"learner.optimizer.name: {config.name!r} is not one of ['adamw', 'muon', 'adamw_8bit']")
+
+
+def _adamw_8bit(groups: list[dict], config: OptimizerConfig, device: str) -> torch.optim.Optimizer:
+    if device == "cpu":
+        raise ConfigError(
+            "learner.optimizer.name: 'adamw_8bit' needs a GPU (bitsandbytes has no 8-bit optimizer for CPUs); "
+            "choices here: ['adamw', 'muon']"
+        )
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(groups, lr=config.lr, betas=config.betas)
