@@ -12,6 +12,8 @@ WIDTH, HEIGHT = 560, 240
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 10, 34
 BUCKETS = 240
 """Points drawn at most; more steps are combined, by mean or maximum."""
+TINY = 1e-300
+"""Below it powers of ten are not exact any more: no axis resolves that, and a log axis has a gap there."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def line_chart(steps: np.ndarray, series: Sequence[Series], *, log: bool = False
     """`steps` [S] increasing; on a log axis what is not positive is a gap."""
     drawn = []
     for one in series:
-        usable = np.where(np.isfinite(one.values) & ((one.values > 0) | (not log)), one.values, np.nan)
+        usable = np.where(np.isfinite(one.values) & ((one.values > TINY) | (not log)), one.values, np.nan)
         at = np.isfinite(usable) if one.kind == "points" else np.ones(len(steps), dtype=bool)
         if np.isfinite(usable).any():
             drawn.append((one, *_combined(steps[at], usable[at], one.combine)))
@@ -105,8 +107,8 @@ def _linear_axis(values: np.ndarray) -> Axis:
     low, high = float(values.min()), float(values.max())
     if low > 0 and low < high / 2:
         low = 0.0  # a share or a count is read from zero
-    if high == low:
-        low, high = (low, 1.0) if low == 0 else (low - abs(low) / 2, high + abs(high) / 2)
+    if high - low < TINY:
+        low, high = (0.0, 1.0) if abs(low) < TINY else (low - abs(low) / 2, high + abs(high) / 2)
     ticks = _ticks(low, high)
     return Axis(ticks[0], ticks[-1], HEIGHT - BOTTOM, TOP)
 

@@ -122,15 +122,13 @@ class Metrics:
         self._rows = StepLog(run_dir / "metrics.jsonl", first_step)
         self._samples = StepLog(run_dir / "samples.jsonl", first_step)
         self._wandb = Wandb(run_dir, config, first_step > 0, console)
-        done = max(first_step - 1, 0)
-        self._display = ProgressDisplay(config.steps, done, console) if config.logging.progress else None
+        self._display = ProgressDisplay(config.steps, first_step, console) if config.logging.progress else None
         self._next = first_step
 
     @classmethod
     def open(cls, run_dir: Path, config: RunConfig, first_step: int = 0, console: Console | None = None) -> Metrics:
-        """Steps count from 1; row 0 is what is known before the first, the accuracy at the start.
-
-        `first_step`: the first that will be logged. Above 0 it continues the run in `run_dir`, its W&B run included.
+        """`first_step`: the first that will be logged, as many as lie behind. Above 0, the run in `run_dir` is
+        continued, and so is its W&B run.
         """
         run_dir.mkdir(parents=True, exist_ok=True)
         return cls(run_dir, config, first_step, console or Console(stderr=True))
@@ -155,7 +153,7 @@ class Metrics:
         self._rows.append(step, row)
         self._wandb.log(step, row)
         if self._display:
-            self._display.update(step, facts(row))
+            self._display.update(step + 1, facts(row))
 
     def log_samples(self, step: int, samples: Sequence[Sample], prompts: Mapping[int, Prompt]) -> None:
         """One response of each of the first three prompts of a step, for the report."""
@@ -210,7 +208,10 @@ class Wandb:
                 self._offline_instead(run_dir, config, run_id)
 
     def _offline_instead(self, run_dir: Path, config: RunConfig, run_id: str) -> None:
+        import wandb
+
         try:
+            wandb.teardown()  # the service process of the failed attempt holds the run id
             self._run = _init(run_dir, config, run_id, "offline")
             self._console.print(
                 f"W&B: recording offline instead; upload with `wandb sync {run_dir}/wandb/offline-run-*`"

@@ -29,7 +29,8 @@ class ProgressDisplay:
             self._bar.start()
 
     def update(self, done: int, facts: str) -> None:
-        """`done` steps of the total lie behind; `facts` describe the newest."""
+        """`done` steps of the total lie behind; `facts` describe the newest. A row after the last step is no step."""
+        done = min(done, self._total)
         self._times.append(time.monotonic())
         each = (self._times[-1] - self._times[0]) / (len(self._times) - 1)
         text = f"{facts} · {duration(each * max(self._total - done, 0))} left"

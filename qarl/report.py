@@ -66,9 +66,9 @@ def headline(run: RunData) -> list[str]:
 
 
 def _accuracy_sentence(run: RunData) -> str:
-    steps = cards.steps_text(run.last_step)
+    steps = cards.steps_text(run.steps_done)
     start, end = run.accuracy
-    if start is not None and end is not None and run.last_step:
+    if start is not None and end is not None and run.steps_done:
         change = f"from {start:.1%} to {end:.1%}" if start != end else f"at {end:.1%}"
         verb = "stayed" if start == end else "rose" if end > start else "fell"
         return f"Held-out accuracy {verb} {change} in {steps}."
@@ -76,7 +76,7 @@ def _accuracy_sentence(run: RunData) -> str:
     if len(reward):
         return f"Mean reward went from {reward[0]:.3f} to {reward[-1]:.3f} in {steps}."
     known = f"; held-out accuracy is {start:.1%}" if start is not None else ""
-    return f"Training is at step {run.last_step}{known}."
+    return f"Training is at step {run.steps_done}{known}."
 
 
 def _what(run: RunData) -> str:
@@ -96,7 +96,9 @@ def _status(run: RunData) -> str:
     if run.summary:
         return '<span class="pill good">finished</span>'
     total = run.configured("steps")
-    return f'<span class="pill">not finished: step {run.last_step}{f" of {escape(str(total))}" if total else ""}</span>'
+    return (
+        f'<span class="pill">not finished: step {run.steps_done}{f" of {escape(str(total))}" if total else ""}</span>'
+    )
 
 
 def main() -> None:

@@ -49,7 +49,7 @@ def tiles(run: RunData) -> str:
     if len(mean):
         note = f"nats a token; largest {largest.max():.2g}" if len(largest) else "nats a token"
         found.append(tile("Mismatch", f"{mean.mean():.2g}", note))
-    speed, each = run.finite("tokens_per_s"), run.finite("time/step_s")
+    speed, each = run.finite("tokens_per_s"), run.get("time/step_s")[run.rollouts]
     if len(speed):
         found.append(tile("Speed", f"{np.median(speed):,.0f}", "sampled tokens/s, median step"))
     if len(each):
@@ -199,7 +199,7 @@ def time(run: RunData) -> str:
         total = {s.label: (float(np.nansum(s.values)), s.color) for s in series}
         whole = sum(seconds for seconds, _ in total.values())
         rows = [(name, s, f"{duration(s)} · {s / whole:.0%}", color) for name, (s, color) in total.items()]
-        note = f"{duration(whole)} over {steps_text(int(timed.sum()))}."
+        note = f"{duration(whole)} over {steps_text(run.steps_done)}."
         cards.append(_card("In all", note, _bars(sorted(rows, key=lambda row: -row[1]))))
     for title, prefix, color in (("Inside a weight sync", "sync/", 0), ("Inside learning", "learn/", 4)):
         names = [name for name, metric in METRICS.items() if name.startswith(prefix) and metric.unit == "s"]

@@ -50,8 +50,13 @@ class RunData:
         return str(self.summary.get("format") or self.configured("rollout", "format") or "")
 
     @property
-    def last_step(self) -> int:
-        return int(self.steps[-1]) if len(self.steps) else 0
+    def rollouts(self) -> np.ndarray:
+        """bool [S]: rows that are about a rollout. The one after the last update holds an accuracy alone."""
+        return np.isfinite(self.get("reward/mean"))
+
+    @property
+    def steps_done(self) -> int:
+        return int(self.steps[-1] + self.rollouts[-1]) if len(self.steps) else 0
 
     @property
     def accuracy(self) -> tuple[float | None, float | None]:
