@@ -18,15 +18,16 @@ from torch import Tensor
 
 from qarl.algorithm import Objective
 from qarl.config import LearnerConfig
-from qarl.errors import ConfigError, DivergenceError
+from qarl.errors import CheckpointError, ConfigError, DivergenceError
 from qarl.formats import QuantFormat
 from qarl.fusion import fused_shapes
 from qarl.objectives import SUMS, combine, surrogate
 from qarl.records import MicroBatch, UpdateStats, WeightUpdate
 from qarl.trainer.aligned import AlignedModel
+from qarl.trainer.checkpoint import Shards, load_state, save_policy, save_state
 from qarl.trainer.model import load_model
 from qarl.trainer.optimizer import lr_at, make_optimizer
-from qarl.trainer.policy import Policy, to_tensors
+from qarl.trainer.policy import FILLER, Policy, to_tensors
 from qarl.trainer.publish import make_update
 from qarl.trainer.ranks import deepspeed, engine_config, join
 
@@ -55,7 +56,7 @@ class Learner:
             )
         self.config, self.format, self.objective = config, format, objective
         self.total_updates = total_updates
-        self.rank, self.world, self.updates = rank, world, 0
+        self.rank, self.world, self.model_path, self.updates = rank, world, model_path, 0
         torch.manual_seed(seed)
         self.device = join(rank, world, init_method, config.threads)
         model = load_model(model_path, getattr(torch, dtype))
@@ -120,6 +121,42 @@ class Learner:
             pass
         return None
 
+    def save(self, folder: Path) -> None:
+        """Policy, masters, moments and counters into `folder`; rank 0 writes. See `trainer/checkpoint.py`."""
+        weights = {name: weight.cpu().clone() for name, weight in self._gathered() if self.rank == 0}
+        if self.rank == 0:
+            save_policy(folder / "policy", self.model, weights, self.model_path)
+        state = {"updates": self.updates, "optimizer": self.config.optimizer.name}
+        save_state(folder / "learner", self._shards(), state, writes=self.rank == 0)
+        dist.barrier()
+
+    def load(self, folder: Path) -> None:
+        """Continue from what `save` wrote, at any world size and ZeRO stage. Raises `CheckpointError`."""
+        self._allocate_state()
+        state = load_state(folder / "learner", self._shards(), self.device)
+        if state["optimizer"] != self.config.optimizer.name:
+            raise CheckpointError(
+                f"{folder} was made with learner.optimizer.name={state['optimizer']!r}, this run has "
+                f"{self.config.optimizer.name!r}"
+            )
+        self.updates = state["updates"]
+        for parameter_state in self.optimizer.state.values():
+            if "step" in parameter_state:  # AdamW's own count, for its bias correction
+                parameter_state["step"].fill_(self.updates)
+        self.aligned.invalidate()
+
+    def _shards(self) -> Shards:
+        return Shards(dict(self.model.named_parameters()), self.optimizer, self.engine.optimizer)
+
+    def _allocate_state(self) -> None:
+        """A step of rate zero on a gradient of zero: changes nothing, and every ZeRO stage allocates and links its state."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
+        filler = to_tensors(FILLER, self.device)
+        self.engine.set_gradient_accumulation_boundary(True)
+        self.engine.backward(self.engine(filler)[0].sum() * 0.0, scale_wrt_gas=False)
+        self.engine.step()
+
     def _loss(self, batch: MicroBatch, n_sequences: int, n_tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
         def tensor(values: np.ndarray | None) -> Tensor:
             if values is None:
@@ -146,7 +183,7 @@ class Learner:
     def _step(self) -> float:
         lr = lr_at(self.updates, self.config.optimizer, self.total_updates)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
+            group["lr"] = lr
         self.engine.step()
         if getattr(self.engine.optimizer, "overflow", False):  # DeepSpeed met a non-finite norm and skipped the step
             raise DivergenceError(f"optimizer step {self.updates}: the gradient is not finite; weights are unchanged")

@@ -14,6 +14,9 @@ from qarl.kernels.logprob import chunked_logprobs
 from qarl.records import MicroBatch
 from qarl.trainer.attention import positions
 
+_NONE, _NO_VALUES = np.empty(0, np.int32), np.empty(0, np.float32)
+FILLER = MicroBatch(_NONE, _NONE, _NONE, _NO_VALUES, _NO_VALUES, _NO_VALUES)
+
 
 class Packed(NamedTuple):
     """One micro-batch as tensors."""
