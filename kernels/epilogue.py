@@ -10,8 +10,8 @@ def rescale(acc: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, 
     """y [M, N] = acc · w_scale · x_scale + bias in float32, rounded once to `dtype`.
 
     acc [M, N] float32: the exact sum of code products; x_scale [M, 1] and w_scale [N, 1] float32; bias [N] of any float
-    dtype. The order is oneDNN's (found by trying all of them against it, bit for bit) and that of CUTLASS's
-    `ScaledEpilogue`: the weight's scale first, then x_scale and the bias in one fused multiply-add.
+    dtype. The order is that of vLLM's CPU op (found by trying all of them against it, bit for bit) and of its
+    CUTLASS `ScaledEpilogue`: the weight's scale first, then x_scale and the bias in one fused multiply-add.
     """
     y = acc * w_scale.squeeze(-1)
     if bias is None:

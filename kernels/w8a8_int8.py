@@ -1,8 +1,8 @@
 """w8a8_int8: int8 weights per output channel, int8 inputs per token, both symmetric; the product is a sum of integers.
 
 `emulated` is the definition: the exact integer sum. `engine` calls vLLM's own CPU op (oneDNN), which is that exact sum
-where the CPU has VNNI (results are then equal bit for bit), and saturates int16 pairs where it has not: 3.4 % off,
-which is why a learner has to call it rather than imitate it.
+where the CPU has VNNI (results are then equal bit for bit, given AVX512_BF16; vLLM's other builds round the last step
+otherwise), and saturates int16 pairs where it has not: 3.4 % off, which is why a learner has to call it.
 """
 
 from __future__ import annotations

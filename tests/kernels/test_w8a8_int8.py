@@ -1,8 +1,10 @@
 """int8: tokens as vLLM's op quantizes them, the exact integer sum, and the engine backend against both.
 
-`engine` against `emulated`: equal bit for bit where the CPU has VNNI, since the integer sum is exact on both sides and
-the epilogue rounds in the same order. Without VNNI (AVX2) oneDNN saturates sums of int16 pairs: the mean deviation was
-3.4 % where it was measured, 10 % is allowed.
+`engine` against `emulated`. The integer sum is exact in both where the CPU has VNNI; the epilogue is vLLM's own code, of
+which it ships three builds (all three were compared, on one machine):
+    AVX512_BF16     equal bit for bit
+    AVX512, AVX2    float32: 2^-22 of |y| + |bias| (no fused multiply-add); bfloat16: 2^-7 (cut off, not rounded)
+    without VNNI    oneDNN saturates sums of int16 pairs: mean deviation 3.4 % where it was measured, 10 % allowed
 """
 
 from __future__ import annotations
@@ -27,11 +29,15 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-def assert_as_exact_as_the_cpu(engine: Tensor, emulated: Tensor) -> None:
-    if torch.cpu._is_vnni_supported():
+def assert_as_exact_as_the_cpu(engine: Tensor, emulated: Tensor, bias: Tensor | None) -> None:
+    if not torch.cpu._is_vnni_supported():
+        assert (engine - emulated).abs().mean() <= 0.1 * emulated.abs().mean()
+    elif torch.cpu._is_avx512_bf16_supported():
         assert torch.equal(engine, emulated)
     else:
-        assert (engine - emulated).abs().mean() <= 0.1 * emulated.abs().mean()
+        unit = emulated.float().abs() + (0 if bias is None else bias.float().abs())
+        tolerance = 2**-22 if emulated.dtype == torch.float32 else 2**-7
+        assert ((engine.float() - emulated.float()).abs() <= tolerance * unit).all()
 
 
 def hostile_rows() -> Tensor:
@@ -80,6 +86,7 @@ def test_the_integer_sum_is_exact_where_it_is_large(k: int, vnni: bool, monkeypa
 @needs_engine
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tokens_equal_the_engines_op(dtype: torch.dtype) -> None:
+    """On AVX2 but for rows where 1/scale is not finite: what is 0 · inf has code -128 there, and scale 0 or a tiny one."""
     from vllm import _custom_ops as ops
 
     x = torch.cat([hostile_rows(), torch.randn(200, 64)]).to(dtype)
@@ -87,7 +94,9 @@ def test_tokens_equal_the_engines_op(dtype: torch.dtype) -> None:
     theirs, their_scale, zero_point = ops.onednn_scaled_int8_quant(x)
     assert zero_point is None
     assert torch.equal(scale, their_scale)
-    assert torch.equal(codes, theirs)
+    same = torch.cpu._is_avx512_supported() | ((1 / scale).isfinite() & scale.isfinite()).squeeze(-1)
+    assert same.sum() >= 200
+    assert torch.equal(codes[same], theirs[same])
 
 
 @needs_engine
@@ -114,7 +123,7 @@ def test_engine_against_emulated(shape: tuple[int, int, int], dtype: torch.dtype
     bias = torch.randn(n).to(dtype) if biased else None
     engine, emulated = (product(x, prepare(codes, None, backend, dtype), bias) for backend in ("engine", "emulated"))
     assert engine.dtype == dtype
-    assert_as_exact_as_the_cpu(engine, emulated)
+    assert_as_exact_as_the_cpu(engine, emulated, bias)
 
 
 @needs_engine
@@ -127,13 +136,13 @@ def test_engine_takes_no_rows_and_non_contiguous_rows() -> None:
 
 @needs_engine
 def test_engine_rows_that_are_not_finite_touch_no_other_row() -> None:
-    """inf makes its row NaN, as `emulated` does; NaN may be lost in its row (it becomes code 0), but stays in it."""
+    """inf shows in its whole row, as in `emulated`; NaN may be lost in its row (it becomes code 0), but stays in it."""
     prepared = prepare(quantize(torch.randn(16, 64)), None, "engine", torch.float32)
     x = torch.randn(4, 64)
     clean = product(x, prepared)
     x[1, 3], x[2, 3] = float("inf"), float("nan")
     y = product(x, prepared)
-    assert y[1].isnan().all()
+    assert not y[1].isfinite().any()
     assert torch.equal(y[[0, 3]], clean[[0, 3]])
 
 
