@@ -179,6 +179,10 @@ def _process(module: nn.Module) -> None:
     method = getattr(module, "quant_method", None)
     if isinstance(method, QuantizeMethodBase):
         module.__dict__.pop("_already_called_process_weights_after_loading", None)
+        if any(not p.is_cuda for p in module.parameters(recurse=False)) and hasattr(method, "moe_kernel"):
+            method.moe_kernel = (
+                None  # with one in place, vLLM takes experts for repacked already, which on a CPU is wrong
+            )
         method.process_weights_after_loading(module)
 
 

@@ -61,6 +61,7 @@ class VllmEngine(Engine):
 
         self.startup_seconds["import"] = time.perf_counter() - clock
         clock = time.perf_counter()
+        _register_here(path)
         on_gpu = torch.cuda.is_available()
         args = EngineArgs(
             model=path,
@@ -72,6 +73,9 @@ class VllmEngine(Engine):
             kv_cache_memory_bytes=None if on_gpu else int(config.kv_cache_gb * 2**30),
             gpu_memory_utilization=config.gpu_memory,
             enforce_eager=config.eager or not on_gpu,
+            # A chunk of a seeded prompt would rewind the request's generator, which CPU generators cannot do.
+            enable_chunked_prefill=on_gpu,
+            max_num_batched_tokens=None if on_gpu else max(self.max_tokens, 8192),
             logprobs_mode="processed_logprobs",  # of the distribution that is sampled from, temperature applied
             generation_config="vllm",  # the model's own sampling defaults must not mix with ours
             skip_tokenizer_init=True,
@@ -230,6 +234,17 @@ class _Written:
         self.logprobs: list[float] = []
         self.prompt_logprobs = np.empty(0, np.float32)
         self.finish = ""
+
+
+def _register_here(path: str) -> None:
+    """Let vLLM look at the model class in this process. It starts another one for that, which takes as long as it does to
+    import vLLM, so that CUDA stays untouched before it forks; we never fork."""
+    from transformers import AutoConfig
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    for architecture in AutoConfig.from_pretrained(path).architectures or ():
+        if architecture in ModelRegistry.models:
+            ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
 
 
 _SCHEMES: dict[str, dict[str, Any]] = {

@@ -1,0 +1,152 @@
+"""The transformers model as the torch engine holds it: published codes where a format quantizes, plain tensors elsewhere.
+
+There are no masters here. A quantized weight exists only as what `kernel.prepare` makes of its codes, sliced by output
+feature, since transformers keeps apart (q, k, v; gate, up) what is published in one piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from qarl.formats import QuantFormat, Shape
+from qarl.fusion import engine_name, fuse, fused_shapes
+from qarl.kernels.dispatch import kernel
+from qarl.rollout.proof import Parts, Spec
+
+
+class Skeleton:
+    """A model whose weights come from a `WeightUpdate`."""
+
+    def __init__(self, path: str | Path, dtype: torch.dtype, format: QuantFormat) -> None:
+        self.format, self.dtype = format, dtype
+        config = AutoConfig.from_pretrained(path)
+        with init_empty_weights(include_buffers=False):  # rotary frequencies are buffers, made here and not published
+            self.model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+        self.model.tie_weights()  # made empty one by one, tied ones came apart
+        self._shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}  # tied ones once
+        for name, shape in self._shapes.items():
+            format.check_shape(name, shape)
+        self._fused = fuse(self._shapes)
+        self._layers: dict[str, CodeLinear | CodeExperts] = {}
+        self._replace_covered()
+
+    @cached_property
+    def covered(self) -> dict[str, Shape]:
+        """Fused name -> shape of what the format quantizes."""
+        return fused_shapes({n: s for n, s in self._shapes.items() if self.format.covers(n, s)})
+
+    @cached_property
+    def expected(self) -> dict[str, Parts]:
+        """What the model wants of each fused tensor."""
+        wanted: dict[str, Parts] = {}
+        for name, shape in fused_shapes(self._shapes).items():
+            if name in self.covered:
+                blank = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+                codes = kernel(self.format.name).quantize(blank, self.format.group)
+                wanted[name] = {part: Spec(code.dtype, tuple(code.shape)) for part, code in codes.items()}
+            else:
+                wanted[name] = {"bias" if name.endswith(".bias") else "weight": Spec(self.dtype, shape)}
+        return wanted
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Hold these tensors (as `expected`) from now on, as copies."""
+        for fused, parts in tensors.items():
+            row = 0
+            for name in self._fused[fused]:
+                shape = self._shapes[name]
+                axis = -2 if len(shape) > 1 else 0
+                rows = {part: tensor.narrow(axis, row, shape[axis]).clone() for part, tensor in parts.items()}
+                row += shape[axis]
+                if name in self._layers:
+                    self._layers[name].hold(name, rows)
+                else:
+                    (values,) = rows.values()
+                    _assign(self.model, name, values.to(self.dtype))
+        self.model.tie_weights()
+
+    @torch.no_grad()
+    def served_columns(self, fused: str, columns: Tensor) -> Tensor:
+        """float32 [..., N, C]: the columns of a covered weight, by sending one-hot inputs through its layers."""
+        one_hot = torch.zeros(len(columns), self.covered[fused][-1], dtype=self.dtype)
+        one_hot[torch.arange(len(columns)), columns] = 1
+        return torch.cat([self._layers[name].columns(name, one_hot) for name in self._fused[fused]], dim=-2)
+
+    def _replace_covered(self) -> None:
+        for name, shape in self._shapes.items():
+            if not self.format.covers(name, shape):
+                continue
+            path = name.removesuffix(".weight") if len(shape) == 2 else name.rpartition(".")[0]
+            module = self.model.get_submodule(path)
+            if not isinstance(module, CodeLinear | CodeExperts):
+                module = (CodeLinear if len(shape) == 2 else CodeExperts)(module, self.format, self.dtype)
+                self.model.set_submodule(path, module)
+            self._layers[name] = module
+
+
+class CodeLinear(nn.Module):
+    """A linear layer that holds codes. Its bias, where there is one, is a plain tensor."""
+
+    def __init__(self, linear: nn.Module, format: QuantFormat, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.kernel, self.group, self.dtype = kernel(format.name), format.group, dtype
+        self.bias = linear.bias
+        self.prepared: Any = None
+
+    def hold(self, name: str, codes: Mapping[str, Tensor]) -> None:
+        self.prepared = self.kernel.prepare(dict(codes), self.group, "emulated", self.dtype)
+
+    def columns(self, name: str, one_hot: Tensor) -> Tensor:
+        return self.kernel.product(one_hot, self.prepared, None).T.float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.kernel.product(x.reshape(-1, x.shape[-1]), self.prepared, self.bias)
+        return y.reshape(*x.shape[:-1], -1)
+
+
+class CodeExperts(nn.Module):
+    """Packed experts (transformers 5) that hold codes, expert by expert."""
+
+    def __init__(self, experts: Any, format: QuantFormat, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.kernel, self.group, self.dtype = kernel(format.name), format.group, dtype
+        self.act_fn = experts.act_fn
+        self.prepared: dict[str, list[Any]] = {}
+        """`w13` and `w2`: one entry an expert."""
+
+    def hold(self, name: str, codes: Mapping[str, Tensor]) -> None:
+        n_experts = len(next(iter(codes.values())))
+        self.prepared[_leaf(name)] = [
+            self.kernel.prepare({k: v[e] for k, v in codes.items()}, self.group, "emulated", self.dtype)
+            for e in range(n_experts)
+        ]
+
+    def columns(self, name: str, one_hot: Tensor) -> Tensor:
+        return torch.stack([self.kernel.product(one_hot, p, None).T.float() for p in self.prepared[_leaf(name)]])
+
+    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden [T, H], top_k_index and top_k_weights [T, k] -> [T, H]."""
+        out = torch.zeros_like(hidden)
+        for expert in top_k_index.unique().tolist():
+            token, place = torch.where(top_k_index == expert)
+            gate, up = self.kernel.product(hidden[token], self.prepared["w13"][expert], None).chunk(2, dim=-1)
+            down = self.kernel.product(self.act_fn(gate) * up, self.prepared["w2"][expert], None)
+            out.index_add_(0, token, (down * top_k_weights[token, place, None]).to(out.dtype))
+        return out
+
+
+def _leaf(parameter: str) -> str:
+    return engine_name(parameter)[0].rpartition(".")[2]
+
+
+def _assign(model: nn.Module, name: str, values: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, nn.Parameter(values, requires_grad=False))
