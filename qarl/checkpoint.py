@@ -1,10 +1,10 @@
 """Checkpoints that are whole or not there: written aside, hashed, renamed. Safetensors and JSON only; nothing is ever unpickled.
 
-    runs/NAME/checkpoints/step-000010/
-        policy/            the policy in Hugging Face layout: transformers and vLLM load it
-        learner/           masters and moments of the optimizer (safetensors), its counters and RNG (JSON)
-        state.json         prompt position, version, contract hash, W&B id
-        manifest.json      size and SHA-256 of every other file; written last
+runs/NAME/checkpoints/step-000010/
+    policy/            the policy in Hugging Face layout: transformers and vLLM load it
+    learner/           masters and moments of the optimizer (safetensors), its counters and RNG (JSON)
+    state.json         prompt position, version, contract hash, W&B id
+    manifest.json      size and SHA-256 of every other file; written last
 """
 
 from __future__ import annotations

@@ -47,6 +47,14 @@ def launch(work: Callable[[RunConfig], None], config_name: str) -> None:
     hydra.main(version_base="1.3", config_path="pkg://qarl.configs", config_name=config_name)(task)()
 
 
+def compose(*overrides: str, config_name: str = "train") -> RunConfig:
+    """The configuration of `python -m qarl.train <overrides>`, for programs. Raises `ConfigError`."""
+    check_overrides(list(overrides))
+    register()
+    with hydra.initialize_config_module(version_base="1.3", config_module="qarl.configs"):
+        return compose_run(hydra.compose(config_name, overrides=list(overrides)))
+
+
 def register() -> None:
     """Offer the dataclass defaults to Hydra as the config `base`, so that every key exists and is shown."""
     ConfigStore.instance().store(name="base", node=to_mapping(RunConfig()))

@@ -13,6 +13,7 @@ learner that dies ends the run, which `resume=auto` continues. `Cluster.open` ow
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -69,7 +70,7 @@ class _LearnerActor:
 
         learner = self._learner = Learner(**arguments)
         coverage = formats.coverage(arguments["format"], learner.parameters())
-        return Standing(learner.contract_hash(), str(coverage), learner.backend)
+        return Standing(learner.contract_hash(), str(coverage), learner.aligned.backend)
 
     def publish(self, version: int, n_tiles: int) -> tuple[dict[str, Any] | None, Any]:
         update = self._learner.publish(version, n_tiles)
@@ -147,6 +148,11 @@ class LearnerGroup:
 
     def load(self, folder: Path) -> None:
         _get([a.call.remote("load", folder) for a in self._ranks])
+
+    def close(self) -> None:
+        """End the ranks' processes."""
+        for rank in self._ranks:
+            ray.kill(rank)
 
 
 class Sampler:
@@ -239,7 +245,8 @@ def sampler_only(config: RunConfig, model: str) -> Iterator[Sampler]:
     """Engines without a learner, refilled once with the weights of the folder or hub model as they are."""
     with ray_session(config):
         sampler = Sampler(config, model)
-        header, update = ray.remote(_publish_folder).options(num_cpus=0, num_returns=2).remote(config, model)
+        publishing: Any = ray.remote(_publish_folder).options(num_cpus=0, num_returns=2).remote(config, model)
+        header, update = publishing
         sampler.wait()
         sampler.refill(Published(**_get(header), update=update))
         yield sampler
@@ -273,8 +280,8 @@ def ray_session(config: RunConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # else workers would rebuild the environment
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = config.placement.address
-    gpus = {} if address else {"num_gpus": config.placement.gpus}
-    ray.init(address=address, include_dashboard=False if not address else None, log_to_driver=False, **gpus)
+    here: dict[str, Any] = {} if address else {"num_gpus": config.placement.gpus, "include_dashboard": False}
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **here)
     try:
         yield
     finally:

@@ -26,28 +26,44 @@ def _positive(key: str, value: float) -> None:
 
 @dataclass(frozen=True)
 class PocketConfig:
-    """A tiny Qwen3 made on the spot and warm-started with supervision; see `trainer/pocket.py`."""
+    """A tiny Qwen3 made on the spot and warm-started with supervision on short sums; see `trainer/pocket.py`."""
 
-    layers: int = 4
+    seed: int = 0
+    """Of the weights and of the demonstrations."""
+    hidden_size: int = 128
+    """Width of the residual stream. This and the next are multiples of 128, so that every format's groups fit."""
+    intermediate_size: int = 256
+    """Width of the MLP, or of one expert."""
+    layers: int = 3
     """Decoder layers."""
-    hidden: int = 128
-    """Width of the residual stream; a multiple of 128, so that every format's groups fit."""
-    intermediate: int = 384
-    """Width of the MLP; a multiple of 128."""
     heads: int = 4
     """Attention heads."""
     kv_heads: int = 2
     """Key and value heads."""
+    head_dim: int = 32
+    """Width of a head."""
+    context: int = 512
+    """Longest sequence."""
     experts: int = 0
-    """Experts a layer; 0 makes a dense model."""
+    """Experts a layer; 0 makes a dense Qwen3, more a Qwen3-MoE with packed experts."""
+    experts_per_token: int = 2
+    """Experts that a token visits."""
+    min_terms: int = 4
+    """Of a demonstrated sum; as the next two, an argument of reasoning-gym's chain_sum."""
+    max_terms: int = 5
+    """Of a demonstrated sum."""
+    max_digits: int = 1
+    """Of a term."""
+    template: str = "{metadata[expression]} ="
+    """The prompt, over the item's fields; the run's data must use the same."""
     steps: int = 600
     """Supervised steps; 0 leaves random weights."""
-    batch: int = 128
-    """Sequences of a supervised step."""
-    lr: float = 2e-3
-    """Peak learning rate of the warm start."""
-    seed: int = 0
-    """Of the weights and of the supervised data."""
+    batch_size: int = 128
+    """Demonstrations of a step."""
+    learning_rate: float = 3e-3
+    """Peak of the warm start."""
+    worked_share: float = 0.35
+    """Of the demonstrations, those that show the steps; the others answer at once."""
 
 
 @dataclass(frozen=True)

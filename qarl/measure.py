@@ -71,8 +71,10 @@ def sample_metrics(samples: Sequence[Sample], group: int) -> dict[str, float]:
 def update_metrics(updates: Sequence[UpdateStats]) -> dict[str, float]:
     """What the optimizer steps of one rollout saw: shares over all of them, the largest gradient norm, the last rate."""
     seconds = {f"learn/{stage}_s": sum(u.seconds.get(stage, 0.0) for u in updates) for stage in updates[0].seconds}
+    sums = combine([u.sums for u in updates])
+    sums["loss"] /= len(updates)  # each update's is a mean over its own mini-batch already
     return {
-        **finalize(combine([u.sums for u in updates])),
+        **finalize(sums),
         "grad_norm": max((u.grad_norm for u in updates), key=lambda n: (n != n, n)),
         "lr": updates[-1].lr,
         **seconds,

@@ -1,6 +1,6 @@
 """The folder of a run: what is in it, and what happens to one that is there already.
 
-    runs/NAME/config.yaml  metrics.jsonl  samples.jsonl  summary.json  report.html  checkpoints/  wandb/
+runs/NAME/config.yaml  metrics.jsonl  samples.jsonl  summary.json  report.html  checkpoints/  wandb/
 """
 
 from __future__ import annotations

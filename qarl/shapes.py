@@ -37,7 +37,8 @@ def parameter_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
             shapes[f"{layer}.self_attn.q_norm.weight"] = (head,)
             shapes[f"{layer}.self_attn.k_norm.weight"] = (head,)
         if kind == "qwen3_moe":
-            experts, width = config["num_experts"], config["moe_intermediate_size"]
+            experts = config.get("num_experts") or config["num_local_experts"]  # older and newer name
+            width = config["moe_intermediate_size"]
             shapes[f"{layer}.mlp.gate.weight"] = (experts, hidden)
             shapes[f"{layer}.mlp.experts.gate_up_proj"] = (experts, 2 * width, hidden)
             shapes[f"{layer}.mlp.experts.down_proj"] = (experts, hidden, width)

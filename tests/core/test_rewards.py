@@ -254,8 +254,7 @@ def test_a_busy_worker_ends_by_itself_after_its_driver_is_killed(tmp_path):
         raise
 
 
-def test_256_short_responses_take_little_time(maths):
+def test_256_responses_come_back_in_their_order(maths):
     prompts = [prompt(str(i)) for i in range(256)]
-    rewards = min((maths.score([str(i) for i in range(256)], prompts) for _ in range(5)), key=lambda r: r.seconds)
-    assert rewards.values.sum() == 256
-    assert rewards.seconds < 0.15
+    rewards = maths.score([str(i if i % 3 else i + 1) for i in range(256)], prompts)
+    assert rewards.values.tolist() == [float(i % 3 > 0) for i in range(256)]

