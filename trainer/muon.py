@@ -58,11 +58,11 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(matrix: Tensor) -> Tensor:
     """About U Vᵀ of each matrix U S Vᵀ [*, N, K]: singular values end between 0.7 and 1.2. bfloat16, as published."""
     a, b, c = COEFFICIENTS
-    x = matrix.bfloat16()
+    x = matrix.bfloat16().reshape(-1, *matrix.shape[-2:])
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=EPSILON)
     for _ in range(STEPS):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).reshape(matrix.shape)
