@@ -6,6 +6,8 @@ import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Collection
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,21 +17,23 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from qarl.config import ModelConfig
 from qarl.errors import ConfigError
 from qarl.trainer.attention import PACKED
+from qarl.trainer.pocket import PocketSpec, Progress, pocket_model
 
 ARCHITECTURES = ("llama", "qwen3", "qwen3_moe")
 
 
-def materialize(config: ModelConfig, cache: Path) -> Path:
+def materialize(
+    config: ModelConfig, cache: Path, held_out: Collection[str] = (), progress: Progress | None = None
+) -> Path:
     """Folder in Hugging Face layout (weights, config, tokenizer) that learner and engine load alike; a hub name stays one.
 
-    A GGUF file is converted once, into `cache`. Raises `ConfigError` naming `model.path` or `model.gguf`.
+    Made once, into `cache`: a pocket model, warm-started on demonstrations that are not `held_out` and telling `progress`; a
+    converted GGUF file. Raises `ConfigError` naming `model.path` or `model.gguf`.
     """
     if config.gguf:
         return _from_gguf(_gguf_file(config.gguf), cache)
     if config.pocket:
-        from qarl.trainer.pocket import materialize_pocket
-
-        return materialize_pocket(config.pocket, cache)
+        return pocket_model(PocketSpec(**asdict(config.pocket)), cache, held_out, progress)
     path = Path(config.path)
     if path.is_dir():
         check_folder(path)

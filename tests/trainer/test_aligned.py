@@ -1,0 +1,134 @@
+"""The aligned model against plain transformers with dequantized weights and inputs, forward and straight-through backward."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from qarl import formats
+from qarl.errors import ConfigError
+from qarl.formats import get
+from qarl.kernels.dispatch import kernel
+from qarl.trainer.aligned import AlignedModel
+from qarl.trainer.attention import PACKED, positions
+
+LENGTHS = [6, 1, 11]
+TOKENS = torch.randint(48, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(0))
+
+
+def load(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=PACKED)
+    return model
+
+
+def logits(model):
+    return model(TOKENS, position_ids=positions(LENGTHS), sequence_lengths=LENGTHS, use_cache=False).logits[0]
+
+
+def on_grid(model, format):
+    """The model with the weights the sampler has."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if format.covers(name, tuple(parameter.shape)):
+                codes = kernel(format.name).quantize(parameter, format.group)
+                parameter.copy_(kernel(format.name).dequantize(codes, format.group, torch.float32))
+    return model
+
+
+def round_inputs(model, format):
+    """Inputs of covered linear layers put on their grid, straight through; for packed experts in the loop of transformers."""
+    module = kernel(format.name)
+
+    def rounded(x):
+        codes, scale = module.quantize_tokens(x.detach().reshape(-1, x.shape[-1]))
+        return x + ((codes.float() * scale).reshape(x.shape) - x).detach()
+
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and format.covers(f"{name}.weight", tuple(layer.weight.shape)):
+            layer.register_forward_pre_hook(lambda _, inputs: (rounded(inputs[0]),))
+        elif hasattr(layer, "gate_up_proj") and isinstance(layer.gate_up_proj, nn.Parameter):
+            layer.forward = lambda x, index, weights, layer=layer: experts(layer, x, index, weights, rounded)
+
+
+def experts(layer, hidden, index, weights, rounded):
+    """One token and one expert at a time."""
+    rows = []
+    for token in range(len(hidden)):
+        row = 0
+        for expert, weight in zip(index[token].tolist(), weights[token], strict=True):
+            gate, up = (rounded(hidden[token : token + 1]) @ layer.gate_up_proj[expert].T).chunk(2, dim=-1)
+            row = row + weight * (rounded(layer.act_fn(gate) * up) @ layer.down_proj[expert].T)
+        rows.append(row)
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("name", ["w8a8_int8", "w8a8_fp8", "w4a16_g32"])
+def test_aligned_model_equals_transformers_on_the_grid(models, kind, name):
+    format = get(name)
+    model, reference = load(models[kind]), on_grid(load(models[kind]), format)
+    aligned = AlignedModel(model, format, "emulated", "cpu", torch.float32)
+    if format.activation != "none":
+        round_inputs(reference, format)
+    elif kind == "moe":
+        reference.set_experts_implementation("eager")
+    ours, theirs = logits(model), logits(reference)
+    # Float32 summation order moves an input of a layer over a rounding edge now and then: one code of one token.
+    tolerance = 1e-4 if format.activation == "none" else 2e-2
+    assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
+    assert (ours - theirs).abs().mean() <= 0.1 * tolerance * theirs.abs().max()
+    assert (ours - logits(load(models[kind]))).abs().max() > 1e-3 * theirs.abs().max(), "and it is not the plain model"
+    ours.square().sum().backward()
+    theirs.square().sum().backward()
+    for (parameter_name, a), b in zip(model.named_parameters(), reference.parameters(), strict=True):
+        limit = (1e-3 if format.activation == "none" else 0.05) * b.grad.abs().max()
+        assert (a.grad - b.grad).abs().max() <= limit, parameter_name
+    assert aligned.backend == "emulated"
+
+
+def test_covered_is_what_the_format_covers(models):
+    model = load(models["moe"])
+    aligned = AlignedModel(model, get("w8a8_int8"), "auto", "cpu", torch.float32)
+    names = {name.removeprefix("model.layers.0.") for name in aligned.covered if "layers.0" in name}
+    attention = {f"self_attn.{p}_proj.weight" for p in "qkvo"}
+    assert names == attention | {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
+
+
+def test_backend_none_leaves_the_model_alone(models):
+    model = load(models["dense"])
+    expected = logits(model)
+    AlignedModel(model, get("w8a8_int8"), "none", "cpu", torch.float32)
+    assert torch.equal(logits(model), expected)
+
+
+def test_stale_codes_are_served_until_invalidated(models):
+    """The cache works, and `invalidate` empties it."""
+    model = load(models["dense"])
+    aligned = AlignedModel(model, get("w4a16_g32"), "emulated", "cpu", torch.float32)
+    with torch.no_grad():
+        before = logits(model)
+        for name, parameter in model.named_parameters():
+            if name in aligned.covered:
+                parameter.mul_(2)
+        assert torch.equal(logits(model), before)
+        aligned.invalidate()
+        assert not torch.allclose(logits(model), before)
+
+
+def test_a_layer_without_aligned_forward_is_refused():
+    class Strange(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mixer = nn.Bilinear(4, 4, 4)
+
+    with pytest.raises(ConfigError, match="mixer.weight"):
+        AlignedModel(Strange(), get("w8a8_int8"), "emulated", "cpu", torch.float32)
+
+
+def test_a_group_that_does_not_divide_is_refused(models):
+    with pytest.raises(ConfigError, match="divisible by 128"):
+        AlignedModel(load(models["dense"]), get("w4a16"), "emulated", "cpu", torch.float32)
+
+
+def test_every_format_is_covered_here():
+    assert set(formats.FORMATS) == {"bf16", "w8a8_int8", "w8a8_fp8", "w4a16", "w4a16_g32"}
