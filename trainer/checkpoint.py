@@ -80,23 +80,28 @@ class Shards:
 def save_state(folder: Path, shards: Shards, state: Mapping[str, Any], writes: bool) -> None:
     """Masters, moments and counters. All ranks gather; the one that `writes`, writes."""
     folder.mkdir(parents=True, exist_ok=True)
-    for kind in shards.kinds():
+    counts = dict.fromkeys(shards.kinds(), 0)
+    for kind in counts:
         for number, tensors in enumerate(_by_size(shards.read(kind), keep=writes)):
-            if writes:
-                save_file(tensors, folder / f"{kind}-{number:05d}.safetensors")
+            save_file(tensors, folder / f"{kind}-{number:05d}.safetensors")
+            counts[kind] += len(tensors)
     if writes:
         rng = torch.get_rng_state().numpy().tobytes().hex()
-        (folder / "state.json").write_text(json.dumps({**state, "torch_rng": rng}, indent=1))
+        (folder / "state.json").write_text(json.dumps({**state, "tensors": counts, "torch_rng": rng}, indent=1))
 
 
-def load_state(folder: Path, shards: Shards, device: torch.device) -> dict[str, Any]:
+def load_state(folder: Path, shards: Shards, optimizer: str, device: torch.device) -> dict[str, Any]:
     """The inverse; the optimizer's state must exist already. Returns the counters. Raises `CheckpointError`."""
     try:
         state = json.loads((folder / "state.json").read_text())
         files = sorted(folder.glob("*.safetensors"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: state.json cannot be read: {error}") from error
-    missing = {kind: set(shards.named) for kind in (MASTERS,)}
+    if state["optimizer"] != optimizer:
+        raise CheckpointError(
+            f"{folder} was made with learner.optimizer.name={state['optimizer']!r}, this run has {optimizer!r}"
+        )
+    counts = dict.fromkeys(state["tensors"], 0)
     for file in files:
         kind = file.name.rpartition("-")[0]
         with safe_open(file, framework="pt") as tensors:
@@ -104,9 +109,9 @@ def load_state(folder: Path, shards: Shards, device: torch.device) -> dict[str, 
                 values = tensors.get_tensor(name)
                 _check_fits(file, name, values, shards.named)
                 shards.write(name, kind, values.to(device))
-                missing.get(kind, set()).discard(name)
-    if missing[MASTERS]:
-        raise CheckpointError(f"{folder}: there are no masters of {sorted(missing[MASTERS])[:3]}")
+                counts[kind] += 1
+    if counts != state["tensors"] or counts[MASTERS] != len(shards.named):
+        raise CheckpointError(f"{folder} holds {counts} tensors, {state['tensors']} were saved of {len(shards.named)}")
     torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state.pop("torch_rng")), dtype=torch.uint8))
     return state
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import shutil
@@ -98,7 +99,13 @@ def _from_gguf(file: Path, cache: Path) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=cache))
     try:
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
+        read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
+        config = copy.deepcopy(read.config)
+        vars(config).pop(
+            "quantization_config", None
+        )  # the weights are dequantized; transformers refuses to save `read`
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.load_state_dict(read.state_dict())
         model.save_pretrained(draft)
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(draft)
         check_folder(draft)
