@@ -6,6 +6,7 @@ costs more than the forward pass of a small model.
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from qarl.errors import ConfigError, EngineError
 from qarl.formats import QuantFormat
 from qarl.records import Completion, Prompt, Sampling
 from qarl.rollout import proof
+from qarl.rollout.capability import require_format
 from qarl.rollout.engine import Engine
 from qarl.rollout.text import Text
 
@@ -30,6 +32,9 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
+
+_OPEN: set[int] = set()
+"""Engines of this process that were not closed."""
 
 
 class VllmEngine(Engine):
@@ -51,6 +56,7 @@ class VllmEngine(Engine):
         executor = self._core.engine_core.model_executor
         self._model = executor.driver_worker.worker.model_runner.model
         self._n_requests = 0
+        _OPEN.add(id(self))
 
     def _start(self, config: RolloutConfig, path: str, dtype: str) -> Any:
         clock = time.perf_counter()
@@ -61,6 +67,7 @@ class VllmEngine(Engine):
 
         self.startup_seconds["import"] = time.perf_counter() - clock
         clock = time.perf_counter()
+        require_format(self.format, path, dtype)
         _register_here(path)
         on_gpu = torch.cuda.is_available()
         args = EngineArgs(
@@ -83,6 +90,7 @@ class VllmEngine(Engine):
             disable_log_stats=True,
             seed=0,
         )
+        gc.freeze()  # vLLM collects garbage five times while it starts; a third of a second each over all its modules
         vllm_config = args.create_engine_config()
         self.startup_seconds["config"] = time.perf_counter() - clock
         clock = time.perf_counter()
@@ -221,7 +229,9 @@ class VllmEngine(Engine):
         self._refusal = "it was closed"
         self._core.shutdown()
         del self._core, self._model
-        cleanup_dist_env_and_memory()
+        _OPEN.discard(id(self))
+        if not _OPEN:  # the process groups are the process's, and other engines may be using them
+            cleanup_dist_env_and_memory()
 
 
 class _Written:
