@@ -41,9 +41,11 @@ class AlignedModel:
 
     def _swap(self, model: nn.Module) -> None:
         left = set(self.covered)
+        module: Any  # whose forward is replaced
         for path, module in model.named_modules():
             own = {f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)} & left
-            if own == {f"{path}.weight"} and isinstance(module, nn.Linear):
+            is_linear = isinstance(module, nn.Linear)
+            if own == {f"{path}.weight"} and is_linear:
                 module.forward = _Linear(self, module, f"{path}.weight")
             elif own == {f"{path}.gate_up_proj", f"{path}.down_proj"}:
                 module.forward = _Experts(self, module, path)
@@ -79,7 +81,7 @@ class _Linear:
 class _Experts:
     """Forward of one module of packed experts: `gate_up_proj` [E, 2M, H], `down_proj` [E, H, M], as in transformers 5."""
 
-    def __init__(self, aligned: AlignedModel, module: nn.Module, path: str) -> None:
+    def __init__(self, aligned: AlignedModel, module: Any, path: str) -> None:
         self.aligned, self.module, self.path = aligned, module, path
 
     def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Collection
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -63,9 +64,10 @@ def load_model(path: Path | str, dtype: torch.dtype, revision: str | None = None
     kind = AutoConfig.from_pretrained(path, revision=revision).model_type
     if kind not in ARCHITECTURES:
         raise ConfigError(f"model.path: {str(path)!r} is a {kind!r} model; choices: {list(ARCHITECTURES)}")
-    model, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         path, revision=revision, dtype=dtype, attn_implementation=PACKED, output_loading_info=True
     )
+    model, report = loaded
     missing = sorted(report["missing_keys"]) + sorted(report["mismatched_keys"])
     if missing:  # transformers would go on with random weights
         raise ConfigError(f"model.path: {str(path)!r} lacks weights of the model: {missing[:5]}")

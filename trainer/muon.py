@@ -27,7 +27,8 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> None:
         """Embeddings and the head are not hidden matrices and go to AdamW, as Muon's author advises."""
-        matrices, others = [], []
+        matrices: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
         for name, parameter in named:
             hidden = parameter.ndim >= 2 and "embed_tokens" not in name and "lm_head" not in name
             (matrices if hidden else others).append(parameter)
@@ -43,7 +44,7 @@ class Muon(torch.optim.Optimizer):
         self._adamw.state = self.state
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closures
         self._adamw.step()
         for group in (g for g in self.param_groups if g["muon"]):
             for parameter in (p for p in group["params"] if p.grad is not None):

@@ -27,7 +27,7 @@ from qarl.records import Completion, Sample
 from qarl.trainer.learner import Learner
 
 VOCABULARY = 48
-SHAPE = dict(
+SHAPE: dict[str, Any] = dict(
     vocab_size=VOCABULARY,
     hidden_size=64,
     intermediate_size=96,

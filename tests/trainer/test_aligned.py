@@ -1,5 +1,7 @@
 """The aligned model against plain transformers with dequantized weights and inputs, forward and straight-through backward."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -37,7 +39,7 @@ def on_grid(model, format):
 
 def round_inputs(model, format):
     """Inputs of covered linear layers put on their grid, straight through; for packed experts in the loop of transformers."""
-    module = kernel(format.name)
+    module: Any = kernel(format.name)
 
     def rounded(x):
         codes, scale = module.quantize_tokens(x.detach().reshape(-1, x.shape[-1]))
@@ -54,7 +56,7 @@ def experts(layer, hidden, index, weights, rounded):
     """One token and one expert at a time."""
     rows = []
     for token in range(len(hidden)):
-        row = 0
+        row = torch.zeros(1, hidden.shape[1])
         for expert, weight in zip(index[token].tolist(), weights[token], strict=True):
             gate, up = (rounded(hidden[token : token + 1]) @ layer.gate_up_proj[expert].T).chunk(2, dim=-1)
             row = row + weight * (rounded(layer.act_fn(gate) * up) @ layer.down_proj[expert].T)

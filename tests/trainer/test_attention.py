@@ -25,6 +25,7 @@ def test_packed_model_equals_unpacked_transformers(models, kind, reference):
     ours.square().sum().backward()
     theirs.square().sum().backward()
     for (name, a), b in zip(packed.named_parameters(), plain.parameters(), strict=True):
+        assert a.grad is not None and b.grad is not None
         assert torch.allclose(a.grad, b.grad, atol=1e-5 * b.grad.abs().max().item(), rtol=0), name
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,7 +77,8 @@ def test_a_learner_that_never_stepped_can_be_saved_and_loaded(scenarios, models,
 @pytest.mark.parametrize("kind", ["dense", "tied", "moe"])
 def test_policy_is_what_transformers_loads(models, one_rank, kind):
     out = one_rank(model=str(models[kind]), zero=3, steps=1)["out"]
-    loaded, report = AutoModelForCausalLM.from_pretrained(out / "policy", dtype=torch.float32, output_loading_info=True)
+    pair: Any = AutoModelForCausalLM.from_pretrained(out / "policy", dtype=torch.float32, output_loading_info=True)
+    loaded, report = pair
     assert not report["missing_keys"] and not report["unexpected_keys"]
     masters = one_rank(model=str(models[kind]), zero=3, steps=1)["masters"]
     assert {name for name, _ in loaded.named_parameters()} == masters.keys()

@@ -4,6 +4,7 @@ Rounding: float32 sums in another order. Gradients of these models are within 2e
 """
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +34,8 @@ def float64_reference(scenarios, folder, samples):
     """Log-probs, loss and gradient of GRPO's first step (ratio 1), one unpacked sequence at a time, plain transformers."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
     model.set_experts_implementation("eager") if hasattr(model.config, "num_experts") else None
-    logprobs, loss = [], 0.0
+    logprobs: list[np.ndarray] = []
+    loss: Any = 0.0
     for sample in samples:
         tokens = torch.from_numpy(np.concatenate([sample.prompt_tokens, sample.completion.tokens])).long()
         n = len(sample.completion.tokens)

@@ -45,8 +45,8 @@ def test_schedule_stays_at_its_floor_beyond_the_end():
 def make_module():
     torch.manual_seed(0)
     module = nn.Module()
-    for name, shape in {"wide": (8, 20), "tall": (30, 8), "lm_head": (9, 8)}.items():
-        module.register_module(name, nn.Linear(*reversed(shape), bias=name == "tall"))
+    for name, (n, k) in {"wide": (8, 20), "tall": (30, 8), "lm_head": (9, 8)}.items():
+        module.register_module(name, nn.Linear(k, n, bias=name == "tall"))
     return module
 
 
@@ -75,7 +75,9 @@ def test_muon_equals_torch_muon_on_matrices_and_adamw_on_the_rest():
         for each in (optimizer, muon, adamw):
             each.step()
     for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        assert torch.allclose(a, b, atol=1e-3 * b.abs().max().item()), name  # bfloat16 products, summed in another order
+        assert torch.allclose(a, b, atol=1e-3 * b.abs().max().item()), (
+            name
+        )  # bfloat16 products, summed in another order
 
 
 def test_muon_treats_every_packed_expert_as_a_matrix():

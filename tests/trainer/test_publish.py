@@ -95,7 +95,7 @@ def test_tiles_are_dequantized_columns_of_other_tensors_each_version():
 
 def test_contract_is_that_of_the_fused_tensors():
     format = get("w8a8_int8")
-    fused = {QKV: (64, 64), f"{BLOCK}.self_attn.o_proj": (64, 32)}
+    fused: dict[str, tuple[int, ...]] = {QKV: (64, 64), f"{BLOCK}.self_attn.o_proj": (64, 32)}
     fused |= {f"{BLOCK}.mlp.experts.w13": (4, 48, 64), f"{BLOCK}.mlp.experts.w2": (4, 64, 32)}
     assert make_update(streamed(parameters()), format, 0).contract_hash == format.contract_hash(fused)
 
