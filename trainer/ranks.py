@@ -7,6 +7,7 @@ import os
 import torch
 
 from qarl.config import LearnerConfig
+from qarl.errors import ConfigError
 
 # Before the import. Without a GPU DeepSpeed searches for one of nine accelerators and warns that it found none.
 if not torch.cuda.is_available():
@@ -46,11 +47,20 @@ def join(rank: int, world: int, init_method: str | None, threads: int | None) ->
 
 
 def engine_config(config: LearnerConfig, dtype: str) -> dict:
-    """DeepSpeed's own configuration. The learner drives gradient accumulation: its micro-batches vary in number."""
+    """DeepSpeed's own configuration. The learner drives gradient accumulation: its micro-batches vary in number.
+
+    Raises `ConfigError` for bfloat16 at stage 0, where DeepSpeed would train without float32 masters.
+    """
+    if dtype == "bfloat16" and config.zero == 0:
+        raise ConfigError(
+            "learner.zero: 0 keeps no float32 masters of a bfloat16 model; choices: 1, 2 or 3 (on one rank they are the same "
+            "step), or model.dtype=float32"
+        )
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": config.optimizer.grad_clip if config.zero else 0.0,  # ZeRO 0 is clipped by the learner
+        # A plain optimizer (ZeRO 0) leaves its norm nowhere to be read, so the learner clips there itself.
+        "gradient_clipping": config.optimizer.grad_clip if config.zero else 0.0,
         "bf16": {"enabled": dtype == "bfloat16"},
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {

@@ -72,12 +72,12 @@ def make_samples(n: int = 8, seed: int = 0) -> list[Sample]:
 def make_learner(
     model: Path, rank: int = 0, world: int = 1, init_method: str | None = None, **settings: Any
 ) -> Learner:
-    """Settings of the optimizer go to it, `format` and `total_updates` to the learner, the rest to its configuration."""
+    """Settings of the optimizer go to it, `format`, `dtype` and `total_updates` to the learner, the rest to its configuration."""
     format = formats.get(settings.pop("format", "bf16"))
     optimizer = OptimizerConfig(**{"lr": 1e-3, "grad_clip": 1e9, **settings.pop("optimizer", {})})
-    total = settings.pop("total_updates", 4)
+    total, dtype = settings.pop("total_updates", 4), settings.pop("dtype", "float32")
     config = LearnerConfig(optimizer=optimizer, ranks=world, threads=1, **{"logprob_chunk": 7, **settings})
-    return Learner(config, model, "float32", format, grpo(), 0.8, total, 0, rank, world, init_method)
+    return Learner(config, model, dtype, format, grpo(), 0.8, total, 0, rank, world, init_method)
 
 
 def scored(learner: Learner, samples: list[Sample], tokens: int) -> list[Sample]:

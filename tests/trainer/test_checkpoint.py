@@ -87,6 +87,17 @@ def test_policy_is_what_transformers_loads(models, one_rank, kind):
     assert (out / "policy" / "tokenizer.json").is_file() and (out / "policy" / "config.json").is_file()
 
 
+@pytest.mark.parametrize("zero", [1, 3])
+def test_bfloat16_models_keep_float32_masters_through_a_resume(models, one_rank, zero):
+    common = {"model": str(models["moe"]), "dtype": "bfloat16", "zero": zero, "tokens": 40}
+    whole, half = one_rank(**common, steps=3), one_rank(**common, steps=2)
+    assert_bits_equal(one_rank(**common, steps=1, load=str(half["out"])), whole)
+    assert any(not torch.equal(m, m.bfloat16().float()) for m in whole["masters"].values())
+    policy = AutoModelForCausalLM.from_pretrained(whole["out"] / "policy")
+    for name, parameter in policy.named_parameters():
+        assert torch.equal(parameter, whole["masters"][name].bfloat16()), name
+
+
 def test_nothing_but_safetensors_and_json_is_written(models, one_rank):
     out = one_rank(model=str(models["dense"]))["out"]
     kinds = {file.suffix for folder in ("policy", "learner") for file in (out / folder).rglob("*") if file.is_file()}

@@ -188,5 +188,10 @@ def test_reference_penalty_is_refused(scenarios, models):
         )
 
 
+def test_bfloat16_without_masters_is_refused(scenarios, models):
+    with pytest.raises(ConfigError, match="learner.zero: 0 keeps no float32 masters"):
+        scenarios.make_learner(models["dense"], dtype="bfloat16", zero=0)
+
+
 def checksums(update):
     return {(name, part): wire.checksum for name, parts in update.tensors.items() for part, wire in parts.items()}
