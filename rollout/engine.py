@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import AutoConfig
 
 from qarl import formats
 from qarl.config import RolloutConfig
-from qarl.errors import EngineError, SyncError
+from qarl.errors import ConfigError, EngineError, SyncError
 from qarl.records import Completion, Prompt, RefillReport, Sampling, WeightUpdate
 from qarl.rollout import proof
 
@@ -41,8 +42,11 @@ def open_engine(
 class Engine(ABC):
     """A sampler at one format. Engines fill in the abstract methods; the order of a refill is the same for all."""
 
-    def __init__(self, config: RolloutConfig, max_tokens: int, tile_tolerance: float) -> None:
+    def __init__(self, config: RolloutConfig, path: str | Path, max_tokens: int, tile_tolerance: float) -> None:
         self.format = formats.get(config.format)
+        context = AutoConfig.from_pretrained(path).max_position_embeddings
+        if max_tokens > context:
+            raise ConfigError(f"model.max_tokens: {max_tokens} is beyond the model's context of {context} tokens")
         self.max_tokens = max_tokens
         self.tile_tolerance = tile_tolerance
         self.version: int | None = None

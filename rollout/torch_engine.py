@@ -28,7 +28,7 @@ class TorchEngine(Engine):
     def __init__(
         self, config: RolloutConfig, path: str | Path, dtype: str, max_tokens: int, tile_tolerance: float = 0.02
     ) -> None:
-        super().__init__(config, max_tokens, tile_tolerance)
+        super().__init__(config, path, max_tokens, tile_tolerance)
         self.text = Text(path)
         self._skeleton = Skeleton(path, getattr(torch, dtype), self.format)
         self._batch = config.max_sequences

@@ -31,10 +31,8 @@ _ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # two engines bound to the same core would starve each other
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # by one token; `Engine` checks the context itself
 }
-
-_OPEN: set[int] = set()
-"""Engines of this process that were not closed."""
 
 
 class VllmEngine(Engine):
@@ -43,12 +41,12 @@ class VllmEngine(Engine):
     def __init__(
         self, config: RolloutConfig, path: str | Path, dtype: str, max_tokens: int, tile_tolerance: float = 0.02
     ) -> None:
-        super().__init__(config, max_tokens, tile_tolerance)
+        super().__init__(config, path, max_tokens, tile_tolerance)
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         if config.tensor_parallel != 1:
             raise ConfigError(f"rollout.tensor_parallel: only 1 so far, got {config.tensor_parallel}")
-        self._eager = config.eager
+        self._eager = config.eager or not torch.cuda.is_available()  # compiling for a CPU takes longer than it saves
         self.text = Text(path)
         self.startup_seconds: dict[str, float] = {}
         """`import`, `config` and `core`."""
@@ -56,7 +54,6 @@ class VllmEngine(Engine):
         executor = self._core.engine_core.model_executor
         self._model = executor.driver_worker.worker.model_runner.model
         self._n_requests = 0
-        _OPEN.add(id(self))
 
     def _start(self, config: RolloutConfig, path: str, dtype: str) -> Any:
         clock = time.perf_counter()
@@ -75,11 +72,11 @@ class VllmEngine(Engine):
             dtype=dtype,  # type: ignore[arg-type]
             hf_overrides=quantization_override(self.format),
             load_format="dummy",  # the first refill brings every weight
-            max_model_len=self.max_tokens,
+            max_model_len=self.max_tokens + 1,  # to score a sequence, vLLM wants room to write one more token
             max_num_seqs=config.max_sequences,
             kv_cache_memory_bytes=None if on_gpu else int(config.kv_cache_gb * 2**30),
             gpu_memory_utilization=config.gpu_memory,
-            enforce_eager=config.eager or not on_gpu,
+            enforce_eager=self._eager,
             # A chunk of a seeded prompt would rewind the request's generator, which CPU generators cannot do.
             enable_chunked_prefill=on_gpu,
             max_num_batched_tokens=None if on_gpu else max(self.max_tokens, 8192),
@@ -224,14 +221,10 @@ class VllmEngine(Engine):
         self._core.abort_requests(stopped)
 
     def close(self) -> None:
-        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
+        """Ends vLLM's process groups too, which all engines of a process share: close them together."""
         self._refusal = "it was closed"
         self._core.shutdown()
         del self._core, self._model
-        _OPEN.discard(id(self))
-        if not _OPEN:  # the process groups are the process's, and other engines may be using them
-            cleanup_dist_env_and_memory()
 
 
 class _Written:
