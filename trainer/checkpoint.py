@@ -1,7 +1,7 @@
 """What of a learner goes to disk: the policy as anyone can load it, and what the next optimizer step needs.
 
     folder/policy/                          Hugging Face layout, in the model's dtype
-    folder/learner/KIND-00000.safetensors   float32, whole tensors named as in the model; KIND: masters, exp_avg, …
+    folder/learner/KIND-00000.safetensors   whole tensors named as in the model; KIND: masters (float32), exp_avg, …
     folder/learner/state.json               counters, and torch's RNG
 
 Tensors are whole, so that world size and ZeRO stage may differ between save and load. No pickle. The caller makes the folder
@@ -27,8 +27,6 @@ from qarl.errors import CheckpointError
 from qarl.trainer.ranks import deepspeed
 
 MASTERS = "masters"
-#: State of the optimizers that has the parameter's shape; one that keeps other state cannot be saved whole.
-MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.jinja")
 SHARD_BYTES = 4 * 2**30  # what rank 0 holds of a kind before it writes
 
@@ -45,11 +43,12 @@ class Shards:
                 deepspeed.utils.lazy_init_hp_params_optimizer_state(group, flat, optimizer.state)
 
     def kinds(self) -> list[str]:
-        held = {kind for state in self.optimizer.state.values() for kind in state}
-        return [MASTERS, *(kind for kind in MOMENTS if kind in held)]
+        """`masters`, then every kind of tensor that the optimizer keeps of a parameter, but for counts of steps."""
+        held = (item for state in self.optimizer.state.values() for item in state.items())
+        return [MASTERS, *sorted({kind for kind, values in held if torch.is_tensor(values) and values.ndim})]
 
     def read(self, kind: str) -> Iterator[tuple[str, Tensor]]:
-        """(name, float32 whole tensor) one after another, the same on all ranks."""
+        """(name, whole tensor) one after another, the same on all ranks; float32, but for 8-bit moments."""
         for name, parameter in self.named.items():
             if _is_sharded(parameter):
                 values = (
@@ -62,9 +61,20 @@ class Shards:
             if values is not None:
                 yield name, values
 
+    def shape(self, name: str, kind: str) -> tuple[int, ...] | None:
+        """Of the whole tensor; `None` where there is none."""
+        parameter = self.named.get(name)
+        if parameter is None:
+            return None
+        if kind == MASTERS or _is_sharded(parameter):
+            return tuple(getattr(parameter, "ds_shape", parameter.shape))
+        held = self.optimizer.state[parameter].get(kind)
+        return None if held is None else tuple(held.shape)
+
     def write(self, name: str, kind: str, values: Tensor) -> None:
         """Cut a whole tensor up and put the pieces into their places, the weights that the forward reads included."""
         parameter = self.named[name]
+        values = values.to(parameter.device)
         if kind == MASTERS:
             whole = hasattr(parameter, "ds_id")
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0) if whole else nullcontext():
@@ -90,7 +100,7 @@ def save_state(folder: Path, shards: Shards, state: Mapping[str, Any], writes: b
         (folder / "state.json").write_text(json.dumps({**state, "tensors": counts, "torch_rng": rng}, indent=1))
 
 
-def load_state(folder: Path, shards: Shards, optimizer: str, device: torch.device) -> dict[str, Any]:
+def load_state(folder: Path, shards: Shards, optimizer: str) -> dict[str, Any]:
     """The inverse; the optimizer's state must exist already. Returns the counters. Raises `CheckpointError`."""
     try:
         state = json.loads((folder / "state.json").read_text())
@@ -107,9 +117,9 @@ def load_state(folder: Path, shards: Shards, optimizer: str, device: torch.devic
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():
                 values = tensors.get_tensor(name)
-                _check_fits(file, name, values, shards.named)
-                shards.write(name, kind, values.to(device))
-                counts[kind] += 1
+                _check_fits(file, name, values, shards.shape(name, kind))
+                shards.write(name, kind, values)
+                counts[kind] = counts.get(kind, 0) + 1
     if counts != state["tensors"] or counts[MASTERS] != len(shards.named):
         raise CheckpointError(f"{folder} holds {counts} tensors, {state['tensors']} were saved of {len(shards.named)}")
     torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state.pop("torch_rng")), dtype=torch.uint8))
@@ -142,14 +152,12 @@ def _by_size(tensors: Iterable[tuple[str, Tensor]], keep: bool) -> Iterator[dict
         if batch and size + values.nbytes > SHARD_BYTES:
             yield batch
             batch, size = {}, 0
-        batch[name] = values.detach().float().cpu().contiguous().clone()
+        batch[name] = values.detach().cpu().contiguous().clone()
         size += values.nbytes
     if batch:
         yield batch
 
 
-def _check_fits(file: Path, name: str, values: Tensor, named: Mapping[str, nn.Parameter]) -> None:
-    parameter = named.get(name)
-    shape = None if parameter is None else tuple(getattr(parameter, "ds_shape", parameter.shape))
+def _check_fits(file: Path, name: str, values: Tensor, shape: tuple[int, ...] | None) -> None:
     if shape != tuple(values.shape):
         raise CheckpointError(f"{file}: {name} is {list(values.shape)}, the model's is {shape and list(shape)}")

@@ -67,7 +67,7 @@ class Learner:
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.aligned = AlignedModel(model, format, config.backend, self.device.type, getattr(torch, dtype))
         policy = Policy(model, temperature, config.logprob_chunk)
-        self.optimizer = make_optimizer(model.named_parameters(), config.optimizer, config.zero, self.device.type)
+        self.optimizer = make_optimizer(model.named_parameters(), config.optimizer, config.zero)
         self.engine, *_ = deepspeed.initialize(
             model=policy, optimizer=self.optimizer, config=engine_config(config, dtype), dist_init_required=False
         )
@@ -133,11 +133,11 @@ class Learner:
     def load(self, folder: Path) -> None:
         """Continue from what `save` wrote, at any world size and ZeRO stage. Raises `CheckpointError`."""
         self._allocate_state()
-        state = load_state(folder / "learner", self._shards(), self.config.optimizer.name, self.device)
+        state = load_state(folder / "learner", self._shards(), self.config.optimizer.name)
         self.updates = state["updates"]
         for parameter_state in self.optimizer.state.values():
-            if "step" in parameter_state:  # AdamW's own count, for its bias correction
-                parameter_state["step"].fill_(self.updates)
+            if "step" in parameter_state:  # AdamW's own count, for its bias correction: a tensor or an int
+                parameter_state["step"] = parameter_state["step"] * 0 + self.updates
         self.aligned.invalidate()
 
     def _shards(self) -> Shards:

@@ -32,7 +32,7 @@ def lr_at(step: int, config: OptimizerConfig, total: int) -> float:
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * share)
 
 
-def make_optimizer(parameters: Named, config: OptimizerConfig, zero: int, device: str) -> torch.optim.Optimizer:
+def make_optimizer(parameters: Named, config: OptimizerConfig, zero: int) -> torch.optim.Optimizer:
     """The optimizer before DeepSpeed shards it. Weight decay reaches matrices only, never norms and biases."""
     named = list(parameters)
     decayed = [p for _, p in named if p.ndim >= 2]
@@ -43,7 +43,14 @@ def make_optimizer(parameters: Named, config: OptimizerConfig, zero: int, device
         case "adamw":
             return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
         case "adamw_8bit":
-            return _adamw_8bit(groups, config, device)
+            if zero:
+                raise ConfigError(
+                    f"learner.optimizer.name: 'adamw_8bit' keeps moments in blocks which learner.zero={zero} cuts up, so that "
+                    "they could not be saved; choices: learner.zero=0, or 'adamw'"
+                )
+            from bitsandbytes.optim import AdamW8bit
+
+            return AdamW8bit(groups, lr=config.lr, betas=config.betas)
         case "muon":
             if zero:
                 raise ConfigError(
@@ -54,14 +61,3 @@ def make_optimizer(parameters: Named, config: OptimizerConfig, zero: int, device
 
             return Muon(named, config)
     raise ConfigError(f"learner.optimizer.name: {config.name!r} is not one of ['adamw', 'muon', 'adamw_8bit']")
-
-
-def _adamw_8bit(groups: list[dict], config: OptimizerConfig, device: str) -> torch.optim.Optimizer:
-    if device == "cpu":
-        raise ConfigError(
-            "learner.optimizer.name: 'adamw_8bit' needs a GPU (bitsandbytes has no 8-bit optimizer for CPUs); "
-            "choices here: ['adamw', 'muon']"
-        )
-    from bitsandbytes.optim import AdamW8bit
-
-    return AdamW8bit(groups, lr=config.lr, betas=config.betas)

@@ -127,6 +127,7 @@ def result(out: Path) -> dict[str, Any]:
         "logprobs": np.load(out / "logprobs.npy"),
         **json.loads((out / "stats.json").read_text()),
         "masters": tensors(out, "masters"),
+        "moments": {kind: tensors(out, kind) for kind in ("exp_avg", "momentum_buffer", "state1", "absmax1", "state2")},
         "gradient": {name: moment / (1 - OptimizerConfig().betas[0]) for name, moment in moments.items()},
     }
 
