@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,7 +32,11 @@ from qarl.rollout.proof import Parts, Spec
 _EXPERTS = {"w13_": "w13", "w2_": "w2"}
 #: Parameters that vLLM makes and checkpoints do not fill, or that say what the shapes say already.
 _NOT_PUBLISHED = ("weight_shape", "weight_g_idx", "g_idx")
-_GRIDS = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3", torch.int32: "int4"}
+_GRIDS: dict[torch.dtype, Literal["int8", "e4m3", "int4"]] = {
+    torch.int8: "int8",
+    torch.float8_e4m3fn: "e4m3",
+    torch.int32: "int4",
+}
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,8 @@ def contract_hash(model: nn.Module, format: QuantFormat) -> str:
 
     Raises `EngineError` for a model that holds two grids.
     """
-    shapes, grids = {}, set()
+    shapes: dict[str, tuple[int, ...]] = {}
+    grids: set[tuple[Literal["bf16", "int8", "e4m3", "int4"], int | None]] = set()
     for slot in slots(model).values():
         if slot.quantized:
             code = next(slot.raw(part) for part in slot.params if slot.raw(part).dtype in _GRIDS)

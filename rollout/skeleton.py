@@ -98,7 +98,7 @@ class CodeLinear(nn.Module):
     def __init__(self, linear: nn.Module, format: QuantFormat, dtype: torch.dtype) -> None:
         super().__init__()
         self.kernel, self.group, self.dtype = kernel(format.name), format.group, dtype
-        self.bias = linear.bias
+        self.bias: Any = linear.bias
         self.prepared: Any = None
 
     def hold(self, name: str, codes: Mapping[str, Tensor]) -> None:

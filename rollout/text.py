@@ -21,7 +21,7 @@ class Text:
     def decode(self, completions: Sequence[Sequence[int]]) -> list[str]:
         """What each completion says, special tokens left out."""
         options: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        return self.tokenizer.batch_decode(completions, **options)
+        return self.tokenizer.batch_decode([list(tokens) for tokens in completions], **options)
 
     def ends_with_stop(self, tokens: Sequence[int], stop: Sequence[str]) -> bool:
         """Whether the last token completes one of the strings. Ask after each token: an earlier one is not looked for."""

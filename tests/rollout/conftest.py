@@ -1,16 +1,21 @@
 """Random models small enough for seconds, their weights published, and engines that serve them."""
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
+    Qwen2Config,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -19,6 +24,7 @@ from transformers import (
 
 from qarl import formats
 from qarl.config import RolloutConfig
+from qarl.kernels.dispatch import kernel
 from qarl.records import WeightUpdate
 from qarl.rollout.engine import Engine, open_engine
 from qarl.trainer.pocket import build_tokenizer
@@ -27,7 +33,7 @@ from qarl.trainer.publish import make_update
 CONTEXT = 256
 
 
-def _config(kind: str, tokenizer) -> Qwen3Config | Qwen3MoeConfig | LlamaConfig:
+def _config(kind: str, tokenizer) -> PreTrainedConfig:
     shape = {
         "vocab_size": len(tokenizer),
         "hidden_size": 128,
@@ -47,8 +53,6 @@ def _config(kind: str, tokenizer) -> Qwen3Config | Qwen3MoeConfig | LlamaConfig:
     if kind == "llama":
         return LlamaConfig(**shape, tie_word_embeddings=False)
     if kind == "qwen2":  # has biases on q, k and v
-        from transformers import Qwen2Config
-
         return Qwen2Config(**{k: v for k, v in shape.items() if k != "head_dim"}, tie_word_embeddings=True)
     return Qwen3MoeConfig(
         **shape, tie_word_embeddings=False, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=128
@@ -112,8 +116,9 @@ def start(model_folder) -> Iterator[Callable[..., Engine]]:
         return engines[-1]
 
     yield make
-    for engine in engines:
-        engine.close()
+    with patch("gc.collect"):  # vLLM collects twice an engine, a second each in a process as full as this one
+        for engine in engines:
+            engine.close()
 
 
 Reference = Callable[[PreTrainedModel, str, Tensor], Tensor]
@@ -123,7 +128,6 @@ Reference = Callable[[PreTrainedModel, str, Tensor], Tensor]
 def reference_logits() -> Reference:
     """`reference_logits(model, format, tokens [T]) -> [T, V]`: transformers in float32 with every linear layer that the
     format covers rewritten in plain torch: dequantized by the compressed-tensors library, inputs rounded per token."""
-    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
     def dequantized(format: formats.QuantFormat, codes: dict[str, Tensor]) -> Tensor:
         if format.weight == "int4":
@@ -144,10 +148,6 @@ def reference_logits() -> Reference:
 
     @torch.no_grad()
     def logits(model: PreTrainedModel, format_name: str, tokens: Tensor) -> Tensor:
-        import copy
-
-        from qarl.kernels.dispatch import kernel
-
         format = formats.get(format_name)
         model = copy.deepcopy(model)
         for name, parameter in model.named_parameters():

@@ -362,3 +362,27 @@ def test_stale_weights_are_refused_and_the_same_version_again_is_not(rig: Rig):
     assert version is not None
     rig.engine.refill(rig.publish(1, version))
     _refused(rig, rig.publish(1, version - 1), f"version {version - 1} are stale")
+
+
+@pytest.mark.parametrize("name", ["vllm", "torch"])
+def test_biases_are_published_and_served(name: str, start, weights, published, reference_logits):
+    engine, model = start(name, "w8a8_int8", "qwen2"), weights("qwen2")
+    update = published(model, "w8a8_int8")
+    assert "model.layers.0.self_attn.qkv_proj.bias" in update.tensors
+    engine.refill(update)
+    rig = Rig(name, "w8a8_int8", "qwen2", engine, model, published)
+    assert _logprob_error(rig, reference_logits, SHORT, 1.0) < _tolerance(rig)
+
+
+@pytest.mark.parametrize("format", ["w8a8_fp8", "w4a16", "w4a16_g32"])
+def test_the_other_formats_run_in_vllm_where_it_says_so(format: str, start, weights, published, reference_logits):
+    from qarl.rollout.capability import supported_formats
+
+    dtype = "float32" if format == "w8a8_fp8" else "bfloat16"
+    if reason := supported_formats(dtype)[format]:
+        pytest.skip(f"this machine's vLLM does not run {format}: {reason}")
+    engine, model = start("vllm", format, "qwen3", dtype), weights("qwen3").to(getattr(torch, dtype))
+    report = engine.refill(published(model, format))
+    rig = Rig("vllm", format, "qwen3", engine, model.float(), published)
+    assert report.max_tile_error < 1e-2  # bfloat16 outputs
+    assert _logprob_error(rig, reference_logits, SHORT, 1.0) < 0.05  # bfloat16 activations; codes of e4m3 flip often
