@@ -18,12 +18,12 @@ import torch
 from benchmarks import record
 from qarl.cli import compose
 from qarl.cluster import LearnerGroup, Sampler, ray_session
-from qarl.config import RunConfig
+from qarl.config import Backend, RunConfig
 from qarl.prepare import prepare
 from qarl.samples import score, to_samples
 from qarl.seeds import completion_seeds
 
-BACKENDS = {"bf16": ("none",), "w8a8_int8": ("none", "emulated", "engine")}
+BACKENDS: dict[str, tuple[Backend, ...]] = {"bf16": ("none",), "w8a8_int8": ("none", "emulated", "engine")}
 MODELS = {
     "pocket, random": ("recipe=quickstart", "model.pocket.steps=0"),
     "pocket, warm": ("recipe=quickstart",),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,9 @@ def main() -> None:
     # An evaluation or a checkpoint is not part of every step.
     step = np.array([r["time/step_s"] - r.get("time/evaluate_s", 0) - r.get("time/checkpoint_s", 0) for r in rows])
     names = sorted({n for r in rows for n in r if n.startswith(("time/", "learn/", "sync/")) and n.endswith("_s")})
-    table = [{"stage": n, "seconds": float(np.mean([r.get(n, 0.0) for r in rows]))} for n in names]
+    table: list[dict[str, Any]] = [
+        {"stage": n, "seconds": float(np.mean([r.get(n, 0.0) for r in rows]))} for n in names
+    ]
     work = np.array([sum(r[name] for name in WORK) for r in rows])
     table.append({"stage": "step without evaluation and checkpoint", "seconds": float(step.mean())})
     table.append(

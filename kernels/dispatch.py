@@ -49,11 +49,14 @@ def choose(format_name: str, backend: str, device_type: str) -> str:
 
     Raises `ConfigError` naming `learner.backend` where the one asked for does not run.
     """
-    known = backends(format_name, device_type)
+    module = kernel(format_name)
     if backend == "auto":
-        return "engine" if known.get("engine", "absent") is None else "emulated"
-    reason = known.get(backend, "the format has no such backend")
+        runs = "engine" in module.BACKENDS and module.refusal("engine", device_type) is None
+        return "engine" if runs else "emulated"
+    known_here = backend in module.BACKENDS
+    reason = module.refusal(backend, device_type) if known_here else "the format has no such backend"
     if reason is not None:
+        known = backends(format_name, device_type)
         choices = ["auto", *sorted(name for name, why in known.items() if why is None)]
         raise ConfigError(
             f"learner.backend: {backend!r} does not run {format_name} on {device_type} ({reason}); choices: {choices}"

@@ -117,6 +117,7 @@ class LearnerGroup:
             "seed": config.seed,
             "world": self.ranks,
             "init_method": meeting,
+            "revision": config.model.revision,
         }
         self._starting = [a.start.remote({**arguments, "rank": r}) for r, a in enumerate(self._ranks)]
 
@@ -124,9 +125,10 @@ class LearnerGroup:
         """Until every rank stands."""
         self.standing: Standing = _get(self._starting)[0]
 
-    def score(self, batch: MiniBatch) -> list[list[np.ndarray]]:
-        """[rank][micro-batch] -> log-probs of its response tokens, float32 [R]."""
-        return _get([a.call.remote("score", list(m)) for a, m in zip(self._ranks, batch.ranks, strict=True)])
+    def score(self, batch: MiniBatch, temperature: float | None = None) -> list[list[np.ndarray]]:
+        """[rank][micro-batch] -> log-probs of its response tokens, float32 [R]; at the sampler's temperature or another."""
+        ranks = zip(self._ranks, batch.ranks, strict=True)
+        return _get([a.call.remote("score", list(m), temperature) for a, m in ranks])
 
     def update(self, batch: MiniBatch) -> UpdateStats:
         """One optimizer step."""

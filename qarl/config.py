@@ -15,6 +15,9 @@ from qarl.errors import ConfigError
 from qarl.records import Sampling
 
 
+Backend = Literal["auto", "engine", "fused", "emulated", "none"]
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
@@ -241,6 +244,10 @@ class AlgorithmConfig:
             f"algorithm.mini_batches: {self.mini_batches} does not divide prompts x group = "
             f"{self.prompts} x {self.group} = {total}",
         )
+        _require(
+            self.objective.kl_coefficient == 0,
+            f"algorithm.objective.kl_coefficient: must be 0, got {self.objective.kl_coefficient}: no reference policy is kept",
+        )
 
 
 @dataclass(frozen=True)
@@ -277,9 +284,9 @@ class LearnerConfig:
 
     ranks: int = 1
     """Processes; one GPU each, where there are GPUs."""
-    zero: Literal[0, 1, 2, 3] = 0
-    """DeepSpeed's ZeRO stage."""
-    backend: Literal["auto", "engine", "fused", "emulated", "none"] = "auto"
+    zero: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed's ZeRO stage; 0 keeps no masters, so it is for float32 models. `muon` and `adamw_8bit` need it."""
+    backend: Backend = "auto"
     """How low-bit products are computed. `none`: the learner computes unquantized (not aligned, for comparison)."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimizer and schedule."""
@@ -289,14 +296,17 @@ class LearnerConfig:
     """Tokens whose vocabulary logits exist at a time."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward."""
-    offload_optimizer: bool = False
-    """Keep masters and moments in host memory."""
     threads: int | None = None
     """CPU threads of a rank; `None`: all cores over the ranks."""
 
     def __post_init__(self) -> None:
         for name in ("ranks", "tokens", "logprob_chunk"):
             _positive(f"learner.{name}", getattr(self, name))
+        _require(
+            self.zero == 0 or self.optimizer.name == "adamw",
+            f"learner.optimizer.name: {self.optimizer.name!r} needs whole matrices, which learner.zero={self.zero} cuts up; "
+            "choices: 'adamw', or learner.zero=0",
+        )
 
 
 @dataclass(frozen=True)
@@ -423,6 +433,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         _require(self.steps >= 0, f"steps: must not be negative, got {self.steps}")
         self._check_placement()
+        _require(
+            self.model.dtype == "float32" or self.learner.zero > 0,
+            "learner.zero: 0 keeps no float32 masters of a bfloat16 model; choices: 1, 2 or 3 (on one rank they are the same "
+            "step), or model.dtype=float32",
+        )
         longest = self.data.max_prompt_tokens + self.rollout.sampling.max_tokens
         _require(
             longest <= self.model.max_tokens,

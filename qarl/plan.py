@@ -20,7 +20,7 @@ MOMENTS = {"adamw": 8, "muon": 4, "adamw_8bit": 2}
 
 @dataclass(frozen=True)
 class Memory:
-    """Gigabytes on one device; `masters` and `moments` are on the host with `learner.offload_optimizer`."""
+    """Gigabytes on one device."""
 
     weights: float
     gradients: float
@@ -52,12 +52,11 @@ def learner_memory(config: RunConfig, shapes: dict[str, tuple[int, ...]]) -> Mem
     def share(stage: int) -> float:
         return weights / GB / (ranks if zero >= stage else 1)
 
-    device = 0.0 if config.learner.offload_optimizer else 1.0
     return Memory(
         weights=width * share(3),
         gradients=width * share(2),
-        masters=(4 if width == 2 else 0) * share(1) * device,
-        moments=MOMENTS[config.learner.optimizer.name] * share(1) * device,
+        masters=(4 if width == 2 else 0) * share(1),
+        moments=MOMENTS[config.learner.optimizer.name] * share(1),
         gathered=width * max(layers.values(), default=0) / GB if zero == 3 else 0.0,
         codes=engine_weights(config, shapes) / len(layers or "x"),
         engine=0.0,
@@ -126,6 +125,4 @@ def _table(config: RunConfig, learner: Memory, engine: Memory) -> list[str]:
         left = config.placement.gpu_gb - total
         verdict = f"{left:.1f} left for activations" if left > 0 else f"DOES NOT FIT by {-left:.1f}"
         rows.append(f"  {'total':<10} {total:9.3f}  of {config.placement.gpu_gb:g}: {verdict}")
-    if config.learner.offload_optimizer:
-        rows.append("  masters and moments are in host memory (learner.offload_optimizer)")
     return rows

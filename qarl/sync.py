@@ -55,6 +55,6 @@ def canary_gap(learner: LearnerGroup, sampler: Sampler, canaries: Sequence[Promp
     if not sequences:
         return 0.0
     batch, order = pack_to_score(sequences, learner.ranks, learner.tokens)
-    mine = order.unpack(learner.score(batch))
+    mine = order.unpack(learner.score(batch, temperature=1.0))
     served = sampler.score(sequences, [1] * len(sequences))
     return max(float(np.abs(np.concatenate(mine) - np.concatenate(engine)).mean()) for engine in served)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qarl.algorithm import Objective
 from qarl.config import LearnerConfig
-from qarl.errors import ConfigError, DivergenceError
+from qarl.errors import DivergenceError
 from qarl.formats import QuantFormat
 from qarl.fusion import fused_shapes
 from qarl.objectives import SUMS, combine, surrogate
@@ -48,18 +48,15 @@ class Learner:
         rank: int = 0,
         world: int = 1,
         init_method: str | None = None,
+        revision: str | None = None,
     ) -> None:
         """`init_method`: where ranks meet, as torch understands it; `total_updates`: the schedule's length."""
-        if objective.kl_coefficient:
-            raise ConfigError(
-                f"algorithm.objective.kl_coefficient: must be 0, got {objective.kl_coefficient}: no reference policy is kept"
-            )
         self.config, self.format, self.objective = config, format, objective
         self.total_updates = total_updates
         self.rank, self.world, self.model_path, self.updates = rank, world, model_path, 0
         torch.manual_seed(seed)
         self.device = join(rank, world, init_method, config.threads)
-        model = load_model(model_path, getattr(torch, dtype))
+        model = load_model(model_path, getattr(torch, dtype), revision)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
@@ -67,7 +64,7 @@ class Learner:
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.aligned = AlignedModel(model, format, config.backend, self.device.type, getattr(torch, dtype))
         policy = Policy(model, temperature, config.logprob_chunk)
-        self.optimizer = make_optimizer(model.named_parameters(), config.optimizer, config.zero)
+        self.optimizer = make_optimizer(model.named_parameters(), config.optimizer)
         self.engine, *_ = deepspeed.initialize(
             model=policy, optimizer=self.optimizer, config=engine_config(config, dtype), dist_init_required=False
         )
@@ -81,12 +78,15 @@ class Learner:
     def contract_hash(self) -> str:
         return self.format.contract_hash(fused_shapes(self.aligned.covered))
 
-    def score(self, micro_batches: Sequence[MicroBatch]) -> list[np.ndarray]:
-        """Log-probs of each micro-batch's response tokens under the weights as they are: float32 [R], nats, tempered."""
+    def score(self, micro_batches: Sequence[MicroBatch], temperature: float | None = None) -> list[np.ndarray]:
+        """Log-probs of each micro-batch's response tokens under the weights as they are: float32 [R], nats.
+
+        `temperature`: the sampler's, where none is given.
+        """
         scores = []
         with torch.no_grad():
             for batch in micro_batches:
-                logprobs, _ = self.engine(to_tensors(batch, self.device))
+                logprobs, _ = self.engine(to_tensors(batch, self.device), temperature)
                 scores.append(logprobs.float().cpu().numpy()[: batch.n_response_tokens])
         return scores
 

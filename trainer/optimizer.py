@@ -8,7 +8,6 @@ from collections.abc import Iterable
 import torch
 
 from qarl.config import OptimizerConfig
-from qarl.errors import ConfigError
 
 Named = Iterable[tuple[str, torch.nn.Parameter]]
 
@@ -32,8 +31,12 @@ def lr_at(step: int, config: OptimizerConfig, total: int) -> float:
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * share)
 
 
-def make_optimizer(parameters: Named, config: OptimizerConfig, zero: int) -> torch.optim.Optimizer:
-    """The optimizer before DeepSpeed shards it. Weight decay reaches matrices only, never norms and biases."""
+def make_optimizer(parameters: Named, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer before DeepSpeed shards it. Weight decay reaches matrices only, never norms and biases.
+
+    Only AdamW may be sharded: Muon needs whole matrices, and 8-bit moments are in blocks that a shard would cut up, so that they
+    could not be saved. `LearnerConfig` refuses the rest.
+    """
     named = list(parameters)
     decayed = [p for _, p in named if p.ndim >= 2]
     others = [p for _, p in named if p.ndim < 2]
@@ -43,21 +46,10 @@ def make_optimizer(parameters: Named, config: OptimizerConfig, zero: int) -> tor
         case "adamw":
             return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
         case "adamw_8bit":
-            if zero:
-                raise ConfigError(
-                    f"learner.optimizer.name: 'adamw_8bit' keeps moments in blocks which learner.zero={zero} cuts up, so that "
-                    "they could not be saved; choices: learner.zero=0, or 'adamw'"
-                )
             from bitsandbytes.optim import AdamW8bit
 
             return AdamW8bit(groups, lr=config.lr, betas=config.betas)
         case "muon":
-            if zero:
-                raise ConfigError(
-                    f"learner.optimizer.name: 'muon' needs whole matrices, which learner.zero={zero} cuts up; choices: "
-                    "learner.zero=0, or one of ['adamw', 'adamw_8bit']"
-                )
             from qarl.trainer.muon import Muon
 
             return Muon(named, config)
-    raise ConfigError(f"learner.optimizer.name: {config.name!r} is not one of ['adamw', 'muon', 'adamw_8bit']")

@@ -60,18 +60,19 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         # On the module itself, so that DeepSpeed's hooks on it gather and release its weight around both directions.
-        model.lm_head.forward = partial(_score, model.lm_head, temperature, chunk)
+        model.lm_head.forward = partial(_score, model.lm_head, chunk)
+        self.temperature = temperature
 
-    def forward(self, packed: Packed) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies in nats, each float32 [R], of the tempered distribution."""
+    def forward(self, packed: Packed, temperature: float | None = None) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies in nats, each float32 [R], of the distribution at `temperature`, else at the sampler's."""
         hidden = self.model.model(
             input_ids=packed.tokens,
             position_ids=packed.positions,
             sequence_lengths=packed.sequence_lengths,
             use_cache=False,
         ).last_hidden_state[0]
-        return self.model.lm_head(hidden[packed.sources], packed.targets)
+        return self.model.lm_head(hidden[packed.sources], packed.targets, temperature or self.temperature)
 
 
-def _score(head: nn.Linear, temperature: float, chunk: int, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _score(head: nn.Linear, chunk: int, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     return chunked_logprobs(hidden, head.weight, targets, temperature, chunk)

@@ -7,7 +7,6 @@ import os
 import torch
 
 from qarl.config import LearnerConfig
-from qarl.errors import ConfigError
 
 # Before the import. Without a GPU DeepSpeed searches for one of nine accelerators and warns that it found none.
 if not torch.cuda.is_available():
@@ -47,15 +46,7 @@ def join(rank: int, world: int, init_method: str | None, threads: int | None) ->
 
 
 def engine_config(config: LearnerConfig, dtype: str) -> dict:
-    """DeepSpeed's own configuration. The learner drives gradient accumulation: its micro-batches vary in number.
-
-    Raises `ConfigError` for bfloat16 at stage 0, where DeepSpeed would train without float32 masters.
-    """
-    if dtype == "bfloat16" and config.zero == 0:
-        raise ConfigError(
-            "learner.zero: 0 keeps no float32 masters of a bfloat16 model; choices: 1, 2 or 3 (on one rank they are the same "
-            "step), or model.dtype=float32"
-        )
+    """DeepSpeed's own configuration. The learner drives gradient accumulation: its micro-batches vary in number."""
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

@@ -116,7 +116,9 @@ def test_scores_come_back_in_the_order_given(shapes, ranks):
 
     def responses(micro):  # as a learner would: one value a response token, here the token itself
         starts = np.cumsum(micro.lengths) - micro.lengths
-        spans = [micro.tokens[s + p : s + n] for s, p, n in zip(starts, micro.prompt_lengths, micro.lengths, strict=True)]
+        spans = [
+            micro.tokens[s + p : s + n] for s, p, n in zip(starts, micro.prompt_lengths, micro.lengths, strict=True)
+        ]
         return np.concatenate(spans).astype(np.float32) if spans else np.empty(0, np.float32)
 
     values = order.unpack([[responses(m) for m in rank] for rank in batch.ranks])

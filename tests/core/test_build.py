@@ -35,6 +35,13 @@ ROOT = Path(__file__).resolve().parents[2]
         ({"model": {"path": "x"}}, "model: give exactly one of path, gguf, pocket"),
         ({"rollout": {"sampling": {"top_p": 0.9}}}, "rollout.sampling: top_p must be 1"),
         ({"placement": {"gpus": 4}}, "placement.gpus: 4 GPUs, but mode 'colocate'"),
+        ({"learner": {"zero": 0}}, "learner.zero: 0 keeps no float32 masters of a bfloat16 model"),
+        ({"learner": {"optimizer": {"name": "muon"}}}, "learner.optimizer.name: 'muon' needs whole matrices"),
+        ({"learner": {"zero": 3, "optimizer": {"name": "adamw_8bit"}}}, "learner.optimizer.name: 'adamw_8bit' needs"),
+        (
+            {"algorithm": {"objective": {"kl_coefficient": 0.1}}},
+            "algorithm.objective.kl_coefficient: must be 0, got 0.1",
+        ),
     ],
 )
 def test_a_mistake_names_the_key_the_value_and_the_choices(data, message):

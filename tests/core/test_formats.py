@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,9 @@ from qarl.errors import ConfigError
 from qarl.fusion import engine_name, fuse, fused_shapes
 from qarl.shapes import parameter_shapes
 
-SIZES = dict(vocab_size=300, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4)
+SIZES: dict[str, Any] = dict(
+    vocab_size=300, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4
+)
 SIZES |= dict(num_key_value_heads=2, head_dim=32)
 MODELS = {
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES)),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qarl.errors import ConfigError, DivergenceError
+from qarl.errors import DivergenceError
 from qarl.wire import from_wire
 
 TOLERANCE = 5e-6  # of the largest entry
@@ -174,23 +174,6 @@ def test_aligned_learner_scores_otherwise_than_unaligned(scenarios, models):
         for a, b in zip(scenarios.scored(plain, samples, 200), scenarios.scored(aligned, samples, 200), strict=True)
     ]
     assert 1e-4 < max(gaps) < 0.5
-
-
-def test_reference_penalty_is_refused(scenarios, models):
-    from qarl.algorithm import grpo
-    from qarl.config import LearnerConfig
-    from qarl.formats import get
-    from qarl.trainer.learner import Learner
-
-    with pytest.raises(ConfigError, match="algorithm.objective.kl_coefficient"):
-        Learner(
-            LearnerConfig(), models["dense"], "float32", get("bf16"), replace(grpo(), kl_coefficient=0.1), 1.0, 1, 0
-        )
-
-
-def test_bfloat16_without_masters_is_refused(scenarios, models):
-    with pytest.raises(ConfigError, match="learner.zero: 0 keeps no float32 masters"):
-        scenarios.make_learner(models["dense"], dtype="bfloat16", zero=0)
 
 
 def checksums(update):

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from qarl.config import OptimizerConfig
-from qarl.errors import ConfigError
 from qarl.trainer.muon import Muon, orthogonalize
 from qarl.trainer.optimizer import lr_at, make_optimizer
 
@@ -99,11 +98,5 @@ def test_muon_of_no_gradient_is_no_step():
 
 
 def test_weight_decay_spares_norms_and_biases():
-    groups = make_optimizer(make_module().named_parameters(), OptimizerConfig(weight_decay=0.1), 0).param_groups
+    groups = make_optimizer(make_module().named_parameters(), OptimizerConfig(weight_decay=0.1)).param_groups
     assert {group["weight_decay"]: {p.ndim for p in group["params"]} for group in groups} == {0.1: {2}, 0.0: {1}}
-
-
-@pytest.mark.parametrize(("name", "zero"), [("muon", 1), ("muon", 3), ("adamw_8bit", 2)])
-def test_what_would_be_silently_wrong_is_refused_by_name(name, zero):
-    with pytest.raises(ConfigError, match="learner.optimizer.name"):
-        make_optimizer(make_module().named_parameters(), OptimizerConfig(name=name), zero)
