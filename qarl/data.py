@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -64,7 +65,9 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 
 
 def _procedural(config: DatasetConfig, key: str) -> Iterator[dict]:
-    from reasoning_gym.factory import DATASETS, create_dataset  # seconds of imports, only for runs that use it
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # of a library it imports
+        from reasoning_gym.factory import DATASETS, create_dataset  # seconds of imports, only for runs that use it
 
     task = config.source.removeprefix(PROCEDURAL)
     if task not in DATASETS:

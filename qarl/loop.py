@@ -85,6 +85,7 @@ def train(
         row |= reward_metrics(rewards) | sample_metrics(samples, algorithm.group) | update_metrics(updates)
         row["engine/restarts"] = sampler.restarted
         row |= watch.lap()
+        row["tokens_per_s"] = row["tokens"] / row["time/step_s"]
         with watch("log"):
             metrics.log(step, row)
             metrics.log_samples(step, samples, {p.id: p for p in asked})

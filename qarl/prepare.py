@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import transformers
 from transformers import AutoTokenizer
 
 from qarl.config import RunConfig
@@ -31,6 +32,9 @@ class Inputs:
 
 def prepare(config: RunConfig) -> Inputs:
     """Raises `ConfigError` for whatever is wrong with data or model."""
+    transformers.utils.logging.disable_progress_bar()  # of files; ours shows steps
+    if not config.placement.gpus:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no other
     heldout = [row.message for row in load_rows(config.data.heldout, "data.heldout")] if config.model.pocket else []
     model = materialize(config.model, cache_folder(), held_out=heldout, progress=warm_start_progress())
     sets = load_prompts(config.data, AutoTokenizer.from_pretrained(model, revision=config.model.revision))

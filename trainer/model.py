@@ -8,7 +8,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Collection
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from qarl.config import ModelConfig
 from qarl.errors import ConfigError
 from qarl.trainer.attention import PACKED
-from qarl.trainer.pocket import PocketSpec, Progress, pocket_model
+from qarl.trainer.pocket import Progress, pocket_model
 
 ARCHITECTURES = ("llama", "qwen3", "qwen3_moe")
 
@@ -35,7 +34,7 @@ def materialize(
     if config.gguf:
         return _from_gguf(_gguf_file(config.gguf), cache)
     if config.pocket:
-        return pocket_model(PocketSpec(**asdict(config.pocket)), cache, held_out, progress)
+        return pocket_model(config.pocket, cache, held_out, progress)
     path = Path(config.path)
     if path.is_dir():
         check_folder(path)

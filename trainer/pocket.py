@@ -18,7 +18,7 @@ import random
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -38,6 +38,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from qarl.config import PocketConfig
+
 PAD, UNK, END = "<|pad|>", "<|unk|>", "<|end|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 BOXED = "\\boxed{"  # one token, so that the marker of the answer costs as much as a digit
@@ -50,43 +52,8 @@ IGNORED = -100  # label of a position without loss, as in torch's cross_entropy
 Progress = Callable[[int, int, float], None]  # (step, steps, loss)
 
 
-@dataclass(frozen=True)
-class PocketSpec:
-    """Everything that determines the weights, together with the held-out prompts."""
-
-    seed: int = 0
-
-    # Shape. Input features of every linear layer are multiples of 128, the largest group of the int4 formats.
-    hidden_size: int = 128
-    intermediate_size: int = 256
-    layers: int = 3
-    heads: int = 4
-    kv_heads: int = 2
-    head_dim: int = 32
-    context: int = 512
-    rope_theta: float = 100.0  # low: prompts are short, and every frequency should tell neighbouring positions apart
-    init_std: float = 0.06
-    experts: int = 0  # 0: dense Qwen3; more: Qwen3-MoE with packed experts
-    experts_per_token: int = 2
-
-    # Task: arguments of reasoning-gym's chain_sum, and the prompt as a format string over its items.
-    min_terms: int = 6
-    max_terms: int = 6
-    max_digits: int = 1
-    template: str = "{metadata[expression]} ="
-
-    # Warm start. 0 steps: random weights.
-    steps: int = 500
-    batch_size: int = 32
-    muon_lr: float = 0.02  # for the weights of linear layers; AdamW alone needs about three times the steps
-    adam_lr: float = 6e-3  # for embeddings, lm_head and norms
-    worked_share: float = (
-        0.42  # of demonstrations; the rest answer directly. Below a half, so that greedy decoding is direct
-    )
-
-
 def pocket_model(
-    spec: PocketSpec, cache: Path, held_out: Collection[str] = (), progress: Progress | None = None
+    spec: PocketConfig, cache: Path, held_out: Collection[str] = (), progress: Progress | None = None
 ) -> Path:
     """Folder of the warm-started model in Hugging Face layout, made now or found in `cache`.
 
@@ -134,7 +101,7 @@ def build_tokenizer(context: int) -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(spec: PocketSpec, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+def build_model(spec: PocketConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """A float32 Qwen3, or Qwen3-MoE where `experts` is set, with random weights that depend on the seed alone."""
     shape: dict[str, Any] = dict(
         vocab_size=len(tokenizer),
@@ -177,7 +144,7 @@ def demonstration(item: dict[str, Any], worked: bool) -> str:
     return ("".join(steps) if worked else "") + f"{BOXED}{total}}}"
 
 
-def demonstrations(spec: PocketSpec, held_out: Collection[str]) -> Iterator[tuple[str, str]]:
+def demonstrations(spec: PocketConfig, held_out: Collection[str]) -> Iterator[tuple[str, str]]:
     """Endless (prompt, answer) pairs, none of whose prompts is held out."""
     import reasoning_gym  # here, because it takes seconds to import and a found model needs none of it
 
@@ -195,7 +162,7 @@ def demonstrations(spec: PocketSpec, held_out: Collection[str]) -> Iterator[tupl
 def warm_start(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    spec: PocketSpec,
+    spec: PocketConfig,
     held_out: Collection[str],
     progress: Progress | None,
 ) -> None:
@@ -228,7 +195,7 @@ def warm_start(
     model.eval()
 
 
-def _optimizers(model: torch.nn.Module, spec: PocketSpec) -> list[torch.optim.Optimizer]:
+def _optimizers(model: torch.nn.Module, spec: PocketConfig) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the linear layers, AdamW for everything else."""
     matrices = [
         module.weight for name, module in model.named_modules() if isinstance(module, Linear) and name != "lm_head"
@@ -260,7 +227,7 @@ def _batch(tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[str, str]]) -> 
     return pad(rows, True, float(tokenizer.pad_token_id)), pad(marks, True, float(IGNORED))
 
 
-def _fingerprint(spec: PocketSpec, held_out: Collection[str]) -> str:
+def _fingerprint(spec: PocketConfig, held_out: Collection[str]) -> str:
     """Short hash of everything that determines the weights."""
     libraries = {name: version(name) for name in ("torch", "transformers", "tokenizers", "reasoning-gym")}
     source = Path(__file__).read_text(encoding="utf-8")

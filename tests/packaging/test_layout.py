@@ -2,8 +2,10 @@
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -95,10 +97,11 @@ def test_a_wheel_holds_the_linked_folders_and_the_recipes(tmp_path):
     uv = Path(sys.executable).parent / "uv"
     if not uv.exists():
         pytest.skip("uv is installed by `make env`")
-    command = [str(uv), "build", "--wheel", "--no-build-isolation", "--out-dir", str(tmp_path), str(ROOT)]
+    source = tmp_path / "source"  # setuptools leaves a build folder where it builds
+    ignored = shutil.ignore_patterns(".*", "runs", "build", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, source, symlinks=True, ignore=ignored)
+    command = [str(uv), "build", "--wheel", "--no-build-isolation", "--out-dir", str(tmp_path), str(source)]
     subprocess.run(command, check=True, capture_output=True)
-    import zipfile
-
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     for name in (
         "qarl/py.typed",

@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qarl.config import PocketConfig
 from qarl.trainer import pocket
-from qarl.trainer.pocket import PocketSpec, build_model, build_tokenizer, demonstration, demonstrations, pocket_model
+from qarl.trainer.pocket import build_model, build_tokenizer, demonstration, demonstrations, pocket_model
 
-BRIEF = PocketSpec(layers=1, steps=3, batch_size=4)
+BRIEF = PocketConfig(layers=1, steps=3, batch_size=4)
 ITEM = {"answer": "7", "metadata": {"expression": "4 - 1 - 7 + 2 + 9"}}
 
 
@@ -102,7 +103,7 @@ def test_what_is_not_printable_ascii_becomes_unknown():
 
 @pytest.mark.parametrize("experts", [0, 4])
 def test_every_linear_layer_takes_a_multiple_of_128_features(experts):
-    model = build_model(PocketSpec(experts=experts), build_tokenizer(512))
+    model = build_model(PocketConfig(experts=experts), build_tokenizer(512))
     linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
     assert linears and all(linear.in_features % 128 == 0 for linear in linears)
     packed = {name: weight.shape for name, weight in model.named_parameters() if weight.ndim == 3}
@@ -113,13 +114,13 @@ def test_every_linear_layer_takes_a_multiple_of_128_features(experts):
 def test_demonstrations_show_both_ways_and_end_in_the_answer():
     assert demonstration(ITEM, worked=False) == "\\boxed{7}"
     assert demonstration(ITEM, worked=True) == "4-1=3 3-7=-4 -4+2=-2 -2+9=7 \\boxed{7}"
-    stream = demonstrations(PocketSpec(), ())
+    stream = demonstrations(PocketConfig(), ())
     answers = [next(stream)[1] for _ in range(1000)]
     assert 0.35 < sum("=" in answer for answer in answers) / 1000 < 0.45  # worked_share is 0.4
 
 
 def test_held_out_prompts_are_never_demonstrated():
-    spec = PocketSpec(min_terms=2, max_terms=2)  # 200 problems, so that chance would show every one of them
+    spec = PocketConfig(min_terms=2, max_terms=2)  # 200 problems, so that chance would show every one of them
     items = reasoning_gym.create_dataset("chain_sum", seed=3, size=50, min_terms=2, max_terms=2, max_digits=1)
     held_out = {spec.template.format(**item) for item in items}
     stream = demonstrations(spec, held_out)
