@@ -210,7 +210,7 @@ def _optimizers(model: torch.nn.Module, spec: PocketConfig) -> list[torch.optim.
 
 def _rate(steps: int, step: int) -> float:
     """Learning rate at `step`, as a share of its peak."""
-    return min(1.0, (step + 1) / 20) * max(0.05, 1 - step / steps)
+    return min(1.0, (step + 1) / 20) * max(0.05, 1 - step / max(steps, 1))
 
 
 def _batch(tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[str, str]]) -> tuple[Tensor, Tensor]:
