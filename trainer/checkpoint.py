@@ -13,12 +13,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
@@ -88,12 +88,13 @@ class Shards:
 
 
 def save_state(folder: Path, shards: Shards, state: Mapping[str, Any], writes: bool) -> None:
-    """Masters, moments and counters. All ranks gather; the one that `writes`, writes."""
+    """Masters, moments and counters. All ranks gather; the one that `writes`, writes. Raises `OSError` where it cannot."""
     folder.mkdir(parents=True, exist_ok=True)
     counts = dict.fromkeys(shards.kinds(), 0)
     for kind in counts:
         for number, tensors in enumerate(_by_size(shards.read(kind), keep=writes)):
-            save_file(tensors, folder / f"{kind}-{number:05d}.safetensors")
+            with _disk():
+                save_file(tensors, folder / f"{kind}-{number:05d}.safetensors")
             counts[kind] += len(tensors)
     if writes:
         rng = torch.get_rng_state().numpy().tobytes().hex()
@@ -129,13 +130,23 @@ def load_state(folder: Path, shards: Shards, optimizer: str) -> dict[str, Any]:
 def save_policy(folder: Path, model: PreTrainedModel, weights: dict[str, Tensor], source: Path | str) -> None:
     """A folder that transformers and vLLM load: `weights` whole, in the model's dtype; the tokenizer from `source`."""
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder, state_dict=weights)
+    with _disk():
+        model.save_pretrained(folder, state_dict=weights)
     if not Path(source).is_dir():
         AutoTokenizer.from_pretrained(source).save_pretrained(folder)
         return
     for pattern in TOKENIZER:
         for file in Path(source).glob(pattern):
             shutil.copyfile(file, folder / file.name)
+
+
+@contextmanager
+def _disk() -> Iterator[None]:
+    """A disk that refuses raises `OSError`, also below safetensors, whose own error is none: the caller would not know it."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def _is_sharded(parameter: nn.Parameter) -> bool:

@@ -1,6 +1,7 @@
 """Saved and loaded, training goes on as if it had never stopped; files are what they are said to be."""
 
 import json
+import resource
 import shutil
 from typing import Any
 
@@ -105,6 +106,21 @@ def test_nothing_but_safetensors_and_json_is_written(models, one_rank):
     out = one_rank(model=str(models["dense"]))["out"]
     kinds = {file.suffix for folder in ("policy", "learner") for file in (out / folder).rglob("*") if file.is_file()}
     assert kinds == {".safetensors", ".json"}
+
+
+@pytest.mark.parametrize("folder", ["policy", "learner"])
+def test_a_disk_that_refuses_is_an_oserror_wherever_it_does(scenarios, models, tmp_path, monkeypatch, folder):
+    """A limit on file sizes stands for the full disk; safetensors has an error of its own for it."""
+    learner = scenarios.make_learner(models["dense"])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if folder == "learner":
+        monkeypatch.setattr("qarl.trainer.learner.save_policy", lambda *_: None)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            learner.save(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_what_is_missing_or_of_another_model_is_refused(scenarios, models, one_rank, tmp_path):
