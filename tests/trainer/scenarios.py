@@ -72,11 +72,14 @@ def make_samples(n: int = 8, seed: int = 0) -> list[Sample]:
 def make_learner(
     model: Path, rank: int = 0, world: int = 1, init_method: str | None = None, **settings: Any
 ) -> Learner:
-    """Settings of the optimizer go to it, `format`, `dtype` and `total_updates` to the learner, the rest to its configuration."""
+    """Settings of the optimizer go to it, `format`, `dtype` and `total_updates` to the learner, the rest to its configuration.
+
+    ZeRO 0 where nothing else is said: one plain optimizer, which the other stages are compared with.
+    """
     format = formats.get(settings.pop("format", "bf16"))
     optimizer = OptimizerConfig(**{"lr": 1e-3, "grad_clip": 1e9, **settings.pop("optimizer", {})})
     total, dtype = settings.pop("total_updates", 4), settings.pop("dtype", "float32")
-    config = LearnerConfig(optimizer=optimizer, ranks=world, threads=1, **{"logprob_chunk": 7, **settings})
+    config = LearnerConfig(optimizer=optimizer, ranks=world, threads=1, **{"logprob_chunk": 7, "zero": 0, **settings})
     return Learner(config, model, dtype, format, grpo(), 0.8, total, 0, rank, world, init_method)
 
 
