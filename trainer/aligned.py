@@ -56,7 +56,12 @@ class AlignedModel:
             raise ConfigError(f"rollout.format: there is no aligned forward for {sorted(left)[:3]}; choices: 'bf16'")
 
     def _of(self, name: str, weight: Tensor) -> Any:
-        """Prepared once per version of the weight, also where gradient checkpointing runs a forward twice."""
+        """Prepared once per version of the weight, also where gradient checkpointing runs a forward twice.
+
+        What is made of a weight that ZeRO-3 shards is not kept: all of it together is a whole model on every rank.
+        """
+        if hasattr(weight, "ds_id"):
+            return self._arithmetic.prepare(weight.detach())
         if name not in self._prepared:
             self._prepared[name] = self._arithmetic.prepare(weight.detach())
         return self._prepared[name]

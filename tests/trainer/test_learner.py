@@ -164,6 +164,13 @@ def test_codes_follow_the_weights_after_every_update(scenarios, models):
         assert np.array_equal(a.old_logprobs, b.old_logprobs)
 
 
+@pytest.mark.parametrize(("zero", "kept"), [(2, True), (3, False)])
+def test_only_a_sharded_model_keeps_no_codes_between_forwards(scenarios, models, zero, kept):
+    learner = scenarios.make_learner(models["moe"], format="w8a8_int8", backend="emulated", zero=zero)
+    scenarios.scored(learner, scenarios.make_samples(), 200)
+    assert set(learner.aligned._prepared) == (set(learner.aligned.covered) if kept else set())
+
+
 def test_aligned_learner_scores_otherwise_than_unaligned(scenarios, models):
     plain = scenarios.make_learner(models["dense"], format="w8a8_int8", backend="none")
     aligned = scenarios.make_learner(models["dense"], format="w8a8_int8", backend="emulated")
