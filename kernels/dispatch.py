@@ -25,7 +25,7 @@ class Kernel(Protocol):
     def dequantize(self, codes: Codes, group: int | None, dtype: torch.dtype) -> Tensor: ...
     def prepare(self, codes: Codes, group: int | None, backend: str, dtype: torch.dtype) -> Any: ...
     def product(self, x: Tensor, prepared: Any, bias: Tensor | None) -> Tensor: ...
-    def refusal(self, backend: str, device_type: str) -> str | None: ...
+    def refusal(self, backend: str, device_type: str, dtype: torch.dtype) -> str | None: ...
 
 
 _KERNELS = {"w8a8_int8": w8a8_int8, "w8a8_fp8": w8a8_fp8, "w4a16": w4a16, "w4a16_g32": w4a16}
@@ -38,27 +38,28 @@ def kernel(format_name: str) -> Kernel:
     return cast(Kernel, _KERNELS[format_name])
 
 
-def backends(format_name: str, device_type: str) -> dict[str, str | None]:
-    """Backend -> `None` where it runs on that device of this machine, else the reason. `engine` imports vLLM."""
+def backends(format_name: str, device_type: str, dtype: torch.dtype) -> dict[str, str | None]:
+    """Backend -> `None` where it runs here, on that device and for inputs of `dtype`, else the reason. Asking about
+    `engine` imports vLLM."""
     module = kernel(format_name)
-    return {name: module.refusal(name, device_type) for name in module.BACKENDS}
+    return {name: module.refusal(name, device_type, dtype) for name in module.BACKENDS}
 
 
-def choose(format_name: str, backend: str, device_type: str) -> str:
+def choose(format_name: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
     """The backend to use: the one asked for; for `auto`, `engine` where it runs, else `emulated`.
 
     Raises `ConfigError` naming `learner.backend` where the one asked for does not run.
     """
     module = kernel(format_name)
     if backend == "auto":
-        runs = "engine" in module.BACKENDS and module.refusal("engine", device_type) is None
+        runs = "engine" in module.BACKENDS and module.refusal("engine", device_type, dtype) is None
         return "engine" if runs else "emulated"
     known_here = backend in module.BACKENDS
-    reason = module.refusal(backend, device_type) if known_here else "the format has no such backend"
+    reason = module.refusal(backend, device_type, dtype) if known_here else "the format has no such backend"
     if reason is not None:
-        known = backends(format_name, device_type)
+        known = backends(format_name, device_type, dtype)
         choices = ["auto", *sorted(name for name, why in known.items() if why is None)]
         raise ConfigError(
-            f"learner.backend: {backend!r} does not run {format_name} on {device_type} ({reason}); choices: {choices}"
+            f"learner.backend: {backend!r} does not run {format_name} on {device_type} in {dtype} ({reason}); choices: {choices}"
         )
     return backend

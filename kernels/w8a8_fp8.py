@@ -72,8 +72,8 @@ def product(x: Tensor, prepared: _Emulated, bias: Tensor | None = None) -> Tenso
     return rescale(codes.float() @ prepared.weight, scale, prepared.scale, bias, x.dtype)
 
 
-def refusal(backend: str, device_type: str) -> str | None:
-    """Why `backend` does not run on that device here; `None` where it does."""
+def refusal(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why `backend` does not run on that device here for inputs of `dtype`; `None` where it does."""
     return None
 
 

@@ -94,9 +94,16 @@ def product(x: Tensor, prepared: _Emulated | _Engine, bias: Tensor | None = None
     return rescale(acc.float(), scale, prepared.scale, bias, x.dtype)
 
 
-def refusal(backend: str, device_type: str) -> str | None:
-    """Why `backend` does not run on that device here; `None` where it does."""
-    return _engine_refusal(device_type) if backend == "engine" else None
+def refusal(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why `backend` does not run on that device here for inputs of `dtype`; `None` where it does."""
+    if backend != "engine":
+        return None
+    if reason := _engine_refusal(device_type):
+        return reason
+    if torch.cpu._is_amx_tile_supported() and dtype != torch.float32:
+        # In float32 vLLM is left with oneDNN: its AMX kernel takes 16-bit inputs only.
+        return f"vLLM computes {dtype} with another kernel on a CPU with AMX, which is not wired up"
+    return None
 
 
 def _exact_dtype(weight: Tensor) -> torch.dtype:
@@ -125,13 +132,8 @@ def _engine_refusal(device_type: str) -> str | None:
 
 def _prepare_engine(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> _Engine:
     """The calls of vLLM's `CPUInt8ScaledMMLinearKernel.process_weights_for_onednn`, symmetric and dynamic per token."""
-    if reason := refusal("engine", weight.device.type):
+    if reason := refusal("engine", weight.device.type, dtype):
         raise ValueError(f"w8a8_int8 cannot use backend 'engine': {reason}")
-    if torch.cpu._is_amx_tile_supported() and dtype != torch.float32:
-        # In float32 vLLM is left with oneDNN: its AMX kernel takes 16-bit inputs only.
-        raise ValueError(
-            f"w8a8_int8 cannot use backend 'engine' in {dtype} on a CPU with AMX: vLLM uses another kernel there"
-        )
     from vllm import _custom_ops as ops
 
     w = weight.t()

@@ -31,7 +31,7 @@ class AlignedModel:
         self._prepared: dict[str, Any] = {}
         self.backend = "none"
         if self.covered and backend != "none":
-            self.backend = choose(format.name, backend, device_type)
+            self.backend = choose(format.name, backend, device_type, dtype)
             self._arithmetic = Arithmetic(kernel(format.name), format.group, self.backend, dtype)
             self._swap(model)
 

@@ -6,6 +6,7 @@ import ast
 from pathlib import Path
 
 import pytest
+import torch
 
 from qarl.errors import ConfigError
 from qarl.formats import FORMATS
@@ -19,8 +20,8 @@ def test_every_format_but_bf16_has_a_kernel_that_runs_emulated(name: str) -> Non
             dispatch.kernel(name)
     else:
         for device in ("cpu", "cuda"):
-            assert dispatch.backends(name, device)["emulated"] is None
-            assert dispatch.choose(name, "emulated", device) == "emulated"
+            assert dispatch.backends(name, device, torch.float32)["emulated"] is None
+            assert dispatch.choose(name, "emulated", device, torch.float32) == "emulated"
 
 
 def test_formats_share_a_kernel_where_only_the_group_differs() -> None:
@@ -36,20 +37,21 @@ def test_an_unknown_format_is_refused_by_name() -> None:
 @pytest.mark.parametrize("reason", [None, "it is not here"])
 def test_auto_takes_the_engine_where_it_runs(reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(w8a8_int8, "_engine_refusal", lambda device: reason)
-    assert dispatch.backends("w8a8_int8", "cpu") == {"engine": reason, "emulated": None}
-    assert dispatch.choose("w8a8_int8", "auto", "cpu") == ("engine" if reason is None else "emulated")
-    assert dispatch.choose("w8a8_fp8", "auto", "cpu") == "emulated"
+    assert dispatch.backends("w8a8_int8", "cpu", torch.float32) == {"engine": reason, "emulated": None}
+    assert dispatch.choose("w8a8_int8", "auto", "cpu", torch.float32) == ("engine" if reason is None else "emulated")
+    assert dispatch.choose("w8a8_fp8", "auto", "cpu", torch.float32) == "emulated"
 
 
 def test_what_was_asked_for_is_never_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(w8a8_int8, "_engine_refusal", lambda device: "it is not here")
     message = (
-        r"learner.backend: 'engine' does not run w8a8_int8 on cpu \(it is not here\); choices: \['auto', 'emulated'\]"
+        r"learner.backend: 'engine' does not run w8a8_int8 on cpu in torch.float32 \(it is not here\); "
+        r"choices: \['auto', 'emulated'\]"
     )
     with pytest.raises(ConfigError, match=message):
-        dispatch.choose("w8a8_int8", "engine", "cpu")
+        dispatch.choose("w8a8_int8", "engine", "cpu", torch.float32)
     with pytest.raises(ConfigError, match="learner.backend: 'fused' does not run w4a16 on cpu"):
-        dispatch.choose("w4a16", "fused", "cpu")
+        dispatch.choose("w4a16", "fused", "cpu", torch.float32)
 
 
 @pytest.mark.parametrize("path", sorted(Path(w8a8_int8.__file__).parent.glob("*.py")), ids=lambda path: path.stem)

@@ -14,7 +14,7 @@ CASES = [
     (name, backend)
     for name, format in FORMATS.items()
     if format.quantizes
-    for backend, reason in backends(name, "cpu").items()
+    for backend, reason in backends(name, "cpu", torch.float32).items()
     if reason is None
 ]
 N, K = 48, 256

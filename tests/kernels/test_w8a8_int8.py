@@ -19,9 +19,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qarl.kernels import w8a8_int8
+from qarl.kernels.dispatch import choose
 from qarl.kernels.w8a8_int8 import prepare, product, quantize, quantize_tokens, refusal
 
-needs_engine = pytest.mark.skipif(refusal("engine", "cpu") is not None, reason=str(refusal("engine", "cpu")))
+refused = refusal("engine", "cpu", torch.float32)
+needs_engine = pytest.mark.skipif(refused is not None, reason=str(refused))
 
 
 @pytest.fixture(autouse=True)
@@ -185,18 +187,20 @@ def test_engine_follows_vllms_layer_call_for_call() -> None:
 def test_engine_refuses_sixteen_bits_on_amx(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     codes = quantize(torch.randn(16, 64))
-    with pytest.raises(ValueError, match="'engine' in torch.bfloat16 on a CPU with AMX"):
+    with pytest.raises(ValueError, match="computes torch.bfloat16 with another kernel on a CPU with AMX"):
         prepare(codes, None, "engine", torch.bfloat16)
     prepare(codes, None, "engine", torch.float32)
+    assert choose("w8a8_int8", "auto", "cpu", torch.bfloat16) == "emulated"
+    assert choose("w8a8_int8", "auto", "cpu", torch.float32) == "engine"
 
 
 def test_engine_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert refusal("emulated", "cuda") is None
-    assert "not for cuda" in str(refusal("engine", "cuda"))
+    assert refusal("emulated", "cuda", torch.float32) is None
+    assert "not for cuda" in str(refusal("engine", "cuda", torch.float32))
     monkeypatch.setattr(w8a8_int8, "find_spec", lambda name: None)
     w8a8_int8._engine_refusal.cache_clear()
     try:
-        assert refusal("engine", "cpu") == "vLLM is not installed"
+        assert refusal("engine", "cpu", torch.float32) == "vLLM is not installed"
         with pytest.raises(ValueError, match="vLLM is not installed"):
             prepare(quantize(torch.randn(4, 32)), None, "engine", torch.float32)
     finally:
