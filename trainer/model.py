@@ -17,10 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from qarl.config import ModelConfig
 from qarl.errors import ConfigError
+from qarl.shapes import MODEL_TYPES
 from qarl.trainer.attention import PACKED
 from qarl.trainer.pocket import Progress, pocket_model
-
-ARCHITECTURES = ("llama", "qwen3", "qwen3_moe")
 
 
 def materialize(
@@ -29,7 +28,7 @@ def materialize(
     """Folder in Hugging Face layout (weights, config, tokenizer) that learner and engine load alike; a hub name stays one.
 
     Made once, into `cache`: a pocket model, warm-started on demonstrations that are not `held_out` and telling `progress`; a
-    converted GGUF file. Raises `ConfigError` naming `model.path` or `model.gguf`.
+    converted GGUF file. Raises `ConfigError` naming `model.path` or `model.gguf`, also for an architecture that was not tried.
     """
     if config.gguf:
         return _from_gguf(_gguf_file(config.gguf), cache)
@@ -38,9 +37,11 @@ def materialize(
     path = Path(config.path)
     if path.is_dir():
         check_folder(path)
+        check_architecture(path)
         return path.resolve()
-    if path.is_absolute() or config.path.startswith("."):
+    if path.is_absolute() or config.path.startswith(".") or config.path.count("/") > 1:
         raise ConfigError(f"model.path: there is no folder {config.path!r}")
+    check_architecture(path, config.revision)
     return path  # a hub name: both sides download it by themselves
 
 
@@ -56,13 +57,21 @@ def check_folder(path: Path) -> None:
             raise ConfigError(f"model.path: {str(path)!r} has no {what} (none of {list(names)})")
 
 
+def check_architecture(path: Path | str, revision: str | None = None) -> None:
+    """Raise `ConfigError` for a folder or hub name whose config cannot be read, and for a model type that was not tried."""
+    try:
+        kind = AutoConfig.from_pretrained(path, revision=revision).model_type
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path: the configuration of {str(path)!r} cannot be read: {error}") from error
+    if kind not in MODEL_TYPES:
+        raise ConfigError(f"model.path: {str(path)!r} is a {kind!r} model; choices: {list(MODEL_TYPES)}")
+
+
 def load_model(path: Path | str, dtype: torch.dtype, revision: str | None = None) -> PreTrainedModel:
     """The model on the CPU, with packed attention. Raises `ConfigError` for an architecture that was not tried."""
     if Path(path).is_dir():
         check_folder(Path(path))
-    kind = AutoConfig.from_pretrained(path, revision=revision).model_type
-    if kind not in ARCHITECTURES:
-        raise ConfigError(f"model.path: {str(path)!r} is a {kind!r} model; choices: {list(ARCHITECTURES)}")
+    check_architecture(path, revision)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         path, revision=revision, dtype=dtype, attn_implementation=PACKED, output_loading_info=True
     )

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from transformers import Qwen3Config
 
 from qarl.config import ModelConfig
 from qarl.errors import ConfigError
@@ -16,7 +17,8 @@ def test_a_folder_is_taken_as_it_is(models, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_hub_name_stays_a_name(tmp_path):
+def test_a_hub_name_stays_a_name(monkeypatch, tmp_path):
+    monkeypatch.setattr("qarl.trainer.model.AutoConfig.from_pretrained", lambda path, revision: Qwen3Config())
     assert str(materialize(ModelConfig(path="Qwen/Qwen3-0.6B"), tmp_path)) == "Qwen/Qwen3-0.6B"
 
 
@@ -33,9 +35,27 @@ def test_a_folder_without_a_part_is_refused(models, tmp_path, missing, what):
         load_model(folder, torch.float32)
 
 
-def test_a_folder_that_is_not_there_is_refused(tmp_path):
+@pytest.mark.parametrize("path", ["/absent", "./absent", "runs/absent/policy"])
+def test_a_folder_that_is_not_there_is_refused(tmp_path, path):
     with pytest.raises(ConfigError, match="model.path: there is no folder"):
-        materialize(ModelConfig(path=str(tmp_path / "absent")), tmp_path)
+        materialize(ModelConfig(path=path), tmp_path)
+
+
+def test_a_hub_name_that_cannot_be_read_is_refused(monkeypatch, tmp_path):
+    def offline(path, revision):
+        raise OSError("there is no network")
+
+    monkeypatch.setattr("qarl.trainer.model.AutoConfig.from_pretrained", offline)
+    with pytest.raises(ConfigError, match="model.path: .* 'no/such-model' cannot be read: there is no network"):
+        materialize(ModelConfig(path="no/such-model"), tmp_path)
+
+
+def test_a_configuration_that_is_no_json_is_refused(models, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(models["dense"], folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="model.path: the configuration of .* cannot be read"):
+        materialize(ModelConfig(path=str(folder)), tmp_path)
 
 
 def test_another_architecture_is_refused(models, tmp_path):
@@ -45,6 +65,8 @@ def test_another_architecture_is_refused(models, tmp_path):
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
     with pytest.raises(ConfigError, match="'gpt2' model; choices"):
         load_model(folder, torch.float32)
+    with pytest.raises(ConfigError, match="'gpt2' model; choices"):
+        materialize(ModelConfig(path=str(folder)), tmp_path)
 
 
 def test_weights_that_are_not_in_the_folder_are_not_made_up(models, tmp_path):
