@@ -97,7 +97,6 @@ METRICS = {
     "sync/gb": Metric("GB", "bytes that travelled, 1e9 of them", ".3f"),
     "sync/tile_error": Metric("share", "largest |served - published| weight, over the tensor's largest", ".2e"),
     "sync/canary": Metric("nats a token", "mean |engine - learner| log-prob of the canaries", ".2e"),
-    "sync/version": Metric("version", "of the weights that wrote the step's responses", ".0f"),
     "engine/restarts": Metric("restarts", "of a dead engine, since the run began", ".0f"),
 }
 """Name -> unit, meaning, how it is shown. A share lies between 0 and 1."""

@@ -165,7 +165,8 @@ def _load_module(module: nn.Module, its_slots: list[Slot], tensors: Mapping[str,
                 # Shared with a tied lm_head, or read as it is. The padding of an embedding stays as it was.
                 getattr(module, param).data[: len(given)].copy_(given)
             else:
-                setattr(module, param, None) if hasattr(module, param) else None
+                if hasattr(module, param):  # perhaps as a plain attribute, whose name no parameter could take
+                    setattr(module, param, None)
                 module.register_parameter(param, _fresh(slot, part, given, module))
     _process(module)
     _keep_addresses(module, kernel)

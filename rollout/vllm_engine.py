@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import os
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,22 +47,17 @@ class VllmEngine(Engine):
             raise ConfigError(f"rollout.tensor_parallel: only 1 so far, got {config.tensor_parallel}")
         self._eager = config.eager or not torch.cuda.is_available()  # compiling for a CPU takes longer than it saves
         self.text = Text(path)
-        self.startup_seconds: dict[str, float] = {}
-        """`import`, `config` and `core`."""
         self._core = self._start(config, str(path), dtype)
         executor = self._core.engine_core.model_executor
         self._model = executor.driver_worker.worker.model_runner.model
         self._n_requests = 0
 
     def _start(self, config: RolloutConfig, path: str, dtype: str) -> Any:
-        clock = time.perf_counter()
         set_num_threads = torch.set_num_threads
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.core_client import InprocClient
         from vllm.v1.executor import Executor
 
-        self.startup_seconds["import"] = time.perf_counter() - clock
-        clock = time.perf_counter()
         require_format(self.format, path, dtype)
         _register_here(path)
         on_gpu = torch.cuda.is_available()
@@ -89,11 +83,8 @@ class VllmEngine(Engine):
         )
         gc.freeze()  # vLLM collects garbage five times while it starts; a third of a second each over all its modules
         vllm_config = args.create_engine_config()
-        self.startup_seconds["config"] = time.perf_counter() - clock
-        clock = time.perf_counter()
         core = InprocClient(vllm_config, Executor.get_class(vllm_config), log_stats=False)
         torch.set_num_threads = set_num_threads  # vLLM's CPU worker replaces it by nothing, for the whole process
-        self.startup_seconds["core"] = time.perf_counter() - clock
         return core
 
     def contract_hash(self) -> str:

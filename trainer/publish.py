@@ -1,4 +1,4 @@
-"""Publish: the policy as the learner computes with it, in the engine's fused layout, quantized exactly once.
+"""Publish: the policy as the learner computes with it, in the engine's fused layout.
 
 Scales belong to one output channel, or to a group of its inputs, so parts are quantized as they stream in and stacked as
 codes: the codes of q, k and v end to end are the codes of qkv. Only the codes of one fused tensor exist twice at a time.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ from qarl.records import Tile, WeightUpdate, WireTensor
 from qarl.wire import from_wire, to_wire
 
 Codes = dict[str, Tensor]
-Quantize = Callable[[str, Tensor], Codes]
 TILE_COLUMNS = 4
 
 
@@ -29,17 +28,14 @@ def make_update(
     format: QuantFormat,
     version: int,
     n_tiles: int = 0,
-    quantize: Quantize | None = None,
 ) -> WeightUpdate:
     """Codes, scales and kept tensors of every parameter, named as the engine names them.
 
     `parameters`: (name in the transformers model, tensor), each read once and not kept, so that a generator may gather
-    a parameter and release it again. Tied embeddings are given once, under the embedding's name. `quantize`: (name, weight)
-    -> codes, where the caller has them already; by default the format's own. Raises `ConfigError` where a group does not
-    divide.
+    a parameter and release it again. Tied embeddings are given once, under the embedding's name. Raises `ConfigError` where
+    a group does not divide.
     """
     seconds: dict[str, float] = defaultdict(float)
-    quantize = quantize or (lambda name, weight: kernel(format.name).quantize(weight, format.group))
     waiting: dict[str, dict[int, Codes]] = defaultdict(dict)  # fused name -> place in the stack -> parts
     tensors: dict[str, dict[str, WireTensor]] = {}
     covered: dict[str, tuple[int, ...]] = {}
@@ -58,7 +54,7 @@ def make_update(
         if format.covers(name, shape):
             format.check_shape(name, shape)
             covered[name] = shape
-            waiting[fused][place] = quantize(name, tensor.detach())
+            waiting[fused][place] = kernel(format.name).quantize(tensor.detach(), format.group)
         else:
             waiting[fused][place] = {_kept_part(name): tensor.detach().clone()}
         lap("quantize")
