@@ -1,0 +1,102 @@
+"""What a run continues from, and what it saves when it must not go on; the learner is a stand-in that writes one file."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qarl import checkpoint, loop
+from qarl.cluster import Standing
+from qarl.errors import CheckpointError, DivergenceError
+from qarl.prepare import Inputs
+from qarl.prompts import PromptStream
+from qarl.records import Prompt
+from qarl.rundir import open_run
+
+
+class Learner:
+    def __init__(self, contract_hash: str = "aaaa") -> None:
+        self.standing = Standing(contract_hash, "all of it", "emulated")
+        self.loaded: list[Path] = []
+
+    def save(self, folder: Path) -> None:
+        (folder / "weights").write_bytes(os.urandom(1000))
+
+    def load(self, folder: Path) -> None:
+        self.loaded.append(folder)
+
+
+def cluster(contract_hash: str = "aaaa") -> Any:
+    return SimpleNamespace(learner=Learner(contract_hash))
+
+
+def inputs() -> Inputs:
+    prompts = tuple(Prompt(i, str(i), np.array([i], np.int32), "") for i in range(10))
+    return Inputs("folder", PromptStream(prompts, seed=0, shuffle=True), prompts[:1], prompts[:1])
+
+
+def ids(prompts) -> list[int]:
+    return [p.id for p in prompts]
+
+
+@pytest.fixture
+def config(small, tmp_path):
+    return small(f"out={tmp_path}", "resume=auto", "checkpoint.keep=5")
+
+
+def test_a_run_continues_with_the_learner_and_the_prompts_of_its_newest_checkpoint(config, capsys):
+    before, there = inputs(), open_run(config)
+    before.train.take(7)
+    folder = loop.save(there.checkpoints, config, cluster(), before, 2)
+
+    again, same = open_run(config), cluster()
+    after = inputs()
+    loop.restore(again, same, after)
+    assert again.first_step == 2 and same.learner.loaded == [folder]
+    assert ids(after.train.take(7)) == ids(before.train.take(7))
+    assert f"resumed from {folder}" in capsys.readouterr().err
+
+
+def test_a_truncated_checkpoint_is_passed_over_for_the_previous_one(config, capsys):
+    before, there = inputs(), open_run(config)
+    before.train.take(4)
+    good = loop.save(there.checkpoints, config, cluster(), before, 2)
+    expected = ids(before.train.take(4))
+    torn = loop.save(there.checkpoints, config, cluster(), before, 4)
+    os.truncate(torn / "weights", 10)
+
+    again, same, after = open_run(config), cluster(), inputs()
+    loop.restore(again, same, after)
+    assert again.first_step == 2 and same.learner.loaded == [good]
+    assert ids(after.train.take(4)) == expected
+    assert "step-000004 is damaged" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_contract_is_refused_with_both_hashes(config):
+    loop.save(open_run(config).checkpoints, config, cluster("aaaa"), inputs(), 2)
+    other = cluster("bbbb")
+    with pytest.raises(CheckpointError, match="step-000002 was made under contract aaaa, this run's is bbbb"):
+        loop.restore(open_run(config), other, inputs())
+    assert other.learner.loaded == []
+
+
+def test_without_a_checkpoint_nothing_is_restored(config):
+    fresh = cluster()
+    loop.restore(open_run(config), fresh, inputs())
+    assert fresh.learner.loaded == []
+
+
+@pytest.mark.parametrize("healthy", [True, False])
+def test_a_diverged_state_is_saved_apart_and_the_last_healthy_checkpoint_named(config, healthy):
+    run_dir = open_run(config)
+    last = loop.save(run_dir.checkpoints, config, cluster(), inputs(), 2) if healthy else None
+    error = loop._saved(DivergenceError("grad_norm is nan."), config, run_dir, cluster(), inputs(), 3)
+    diverged = run_dir.path / "diverged" / "step-000003"
+    assert checkpoint.find_damage(diverged) is None
+    expected = f"resume=auto continues from {last}" if healthy else "there is no earlier checkpoint"
+    assert str(error) == f"grad_norm is nan.\n  The state is saved in {diverged}; {expected}."
+    assert open_run(replace(config, steps=9)).first_step == (2 if healthy else 0), "a resume must not look at it"
