@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from qarl.build import build, check_keys, to_mapping
 from qarl.config import RunConfig
-from qarl.errors import CheckpointError, ConfigError, DivergenceError, EngineError, SyncError
+from qarl.errors import CheckpointError, ConfigError, DivergenceError, EngineError, LearnerError, SyncError
 
 CONFIGS = Path(__file__).parent / "configs"
 #: group -> its options, as the folders of configs/ hold them
@@ -36,7 +36,7 @@ def launch(work: Callable[[RunConfig], None], config_name: str) -> None:
     def task(composed: DictConfig) -> None:
         try:
             work(compose_run(composed))
-        except (CheckpointError, ConfigError, DivergenceError, EngineError, SyncError) as error:
+        except (CheckpointError, ConfigError, DivergenceError, EngineError, LearnerError, SyncError) as error:
             fail(error)
 
     try:

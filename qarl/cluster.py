@@ -27,8 +27,12 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from qarl import formats
 from qarl.config import RunConfig
-from qarl.errors import EngineError
+from qarl.errors import EngineError, LearnerError
 from qarl.records import Completion, MiniBatch, Prompt, RefillReport, Sampling, UpdateStats, WeightUpdate
+
+
+GRACE_S = 10.0
+"""For the news that an actor died to arrive, when another already failed for want of it."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ class LearnerGroup:
         self.tokens = config.learner.tokens
         """Of a micro-batch, at most."""
         self._ranks = [_spawn_learner(config) for _ in range(self.ranks)]
-        meeting = _get(self._ranks[0].rendezvous.remote())
+        meeting = self._all([self._ranks[0].rendezvous.remote()])[0]
         arguments = {
             "config": config.learner,
             "model_path": model,
@@ -123,16 +127,16 @@ class LearnerGroup:
 
     def wait(self) -> None:
         """Until every rank stands."""
-        self.standing: Standing = _get(self._starting)[0]
+        self.standing: Standing = self._all(self._starting)[0]
 
     def score(self, batch: MiniBatch, temperature: float | None = None) -> list[list[np.ndarray]]:
         """[rank][micro-batch] -> log-probs of its response tokens, float32 [R]; at the sampler's temperature or another."""
         ranks = zip(self._ranks, batch.ranks, strict=True)
-        return _get([a.call.remote("score", list(m), temperature) for a, m in ranks])
+        return self._all([a.call.remote("score", list(m), temperature) for a, m in ranks])
 
     def update(self, batch: MiniBatch) -> UpdateStats:
         """One optimizer step."""
-        return _get(
+        return self._all(
             [
                 a.call.remote("update", list(m), batch.n_sequences, batch.n_tokens)
                 for a, m in zip(self._ranks, batch.ranks, strict=True)
@@ -142,19 +146,37 @@ class LearnerGroup:
     def publish(self, version: int, n_tiles: int) -> Published:
         """The policy in the sampler's format; every rank takes part in gathering it, rank 0 makes it."""
         pairs = [a.publish.options(num_returns=2).remote(version, n_tiles) for a in self._ranks]
-        header = _get([header for header, _ in pairs])[0]
+        header = self._all([header for header, _ in pairs])[0]
         return Published(**header, update=pairs[0][1])
 
     def save(self, folder: Path) -> None:
-        _get([a.call.remote("save", folder) for a in self._ranks])
+        self._all([a.call.remote("save", folder) for a in self._ranks])
 
     def load(self, folder: Path) -> None:
-        _get([a.call.remote("load", folder) for a in self._ranks])
+        self._all([a.call.remote("load", folder) for a in self._ranks])
 
     def close(self) -> None:
         """End the ranks' processes."""
         for rank in self._ranks:
             ray.kill(rank)
+
+    def _all(self, references: Sequence[Any]) -> list[Any]:
+        """Every rank's answer. Where one dies its fellows fail for want of it: it is the one that is named. Raises
+        `LearnerError`."""
+        try:
+            return _get(references)
+        except Exception:
+            ray.wait(references, num_returns=len(references), timeout=GRACE_S)
+            for rank, reference in enumerate(references):
+                try:
+                    ray.get(reference, timeout=0)
+                except RayActorError as death:
+                    raise LearnerError(
+                        f"learner rank {rank} died: {death}\n  resume=auto continues from the newest checkpoint"
+                    ) from death
+                except Exception:
+                    continue  # a rank that lives: its error is the one being handled, or follows from it
+            raise
 
 
 class Sampler:
@@ -173,7 +195,11 @@ class Sampler:
 
     def wait(self) -> None:
         """Until every engine stands."""
-        self.contract_hash = _get(self._starting)[0]
+        for index, starting in enumerate(self._starting):
+            try:
+                self.contract_hash = _get(starting)
+            except RayActorError as death:
+                self._replace(index, death)
 
     def refill(self, published: Published) -> list[RefillReport]:
         """Every engine takes the update and proves it. Raises `SyncError`."""
@@ -214,7 +240,7 @@ class Sampler:
         self.restarted += 1
         self._engines[index] = engine = _spawn_engine(self._config)
         try:
-            _get(self._start(engine))
+            self.contract_hash = _get(self._start(engine))
             if self._published is not None:
                 _get(engine.refill.remote(self._published.update))
         except RayActorError as again:
@@ -281,6 +307,7 @@ def ray_session(config: RunConfig) -> Iterator[None]:
     """A Ray of our own, or the running one at `placement.address`."""
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # else workers would rebuild the environment
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # spares that lack our runtime_env are never used
     address = config.placement.address
     here: dict[str, Any] = {} if address else {"num_gpus": config.placement.gpus, "include_dashboard": False}
     ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **here)

@@ -17,5 +17,9 @@ class EngineError(RuntimeError):
     """The engine cannot do what was asked, or died more often than it may be restarted."""
 
 
+class LearnerError(RuntimeError):
+    """A rank of the learner died. `resume=auto` continues from the newest checkpoint."""
+
+
 class DivergenceError(RuntimeError):
     """Training has left the region in which its numbers mean anything. The state before it was saved."""
