@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-Shape = tuple[int, ...]
+from qarl.formats import Shape
 
 #: fused leaf -> the leaves it stacks, in this order along the output features
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}

@@ -116,8 +116,8 @@ def test_gradient_is_clipped_to_the_global_norm_and_reported_before(models, one_
         )
 
 
-@pytest.mark.parametrize("zero", [0, 1, 3])
-def test_nan_gradient_stops_with_weights_unchanged(scenarios, models, zero):
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_nan_gradient_stops_with_weights_unchanged_and_can_still_be_saved(scenarios, models, tmp_path, zero):
     learner = scenarios.make_learner(models["dense"], zero=zero)
     before = learner.publish(0, 0)
     samples = scenarios.scored(learner, scenarios.make_samples(), 200)
@@ -125,6 +125,9 @@ def test_nan_gradient_stops_with_weights_unchanged(scenarios, models, zero):
         scenarios.step(learner, [replace(s, advantage=float("nan")) for s in samples], 200)
     after = learner.publish(0, 0)
     assert checksums(before) == checksums(after)
+    learner.save(tmp_path)
+    masters = scenarios.tensors(tmp_path, "masters")
+    assert masters.keys() == learner.parameters().keys() and all(m.isfinite().all() for m in masters.values())
 
 
 def test_samples_without_response_and_fillers_change_nothing(scenarios, models):
