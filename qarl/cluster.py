@@ -30,7 +30,6 @@ from qarl.config import RunConfig
 from qarl.errors import EngineError, LearnerError
 from qarl.records import Completion, MiniBatch, Prompt, RefillReport, Sampling, UpdateStats, WeightUpdate
 
-
 GRACE_S = 10.0
 """For the news that an actor died to arrive, when another already failed for want of it."""
 
