@@ -25,7 +25,7 @@ env: $(STAMP)
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q uv
-	printf "%s; sys_platform == 'never'\n" $(OVERRIDES_$(EXTRA)) > $(VENV)/overrides.txt
+	for p in $(OVERRIDES_$(EXTRA)); do echo "$$p; sys_platform == 'never'"; done > $(VENV)/overrides.txt
 	# Compiled here, once: every run starts several processes that import torch, vLLM and Ray, some under
 	# PYTHONDONTWRITEBYTECODE, and each would compile them again.
 	$(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python --overrides $(VENV)/overrides.txt -e ".[$(EXTRA),dev]"

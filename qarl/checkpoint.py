@@ -3,7 +3,7 @@
 runs/NAME/checkpoints/step-000010/
     policy/            the policy in Hugging Face layout: transformers and vLLM load it
     learner/           masters and moments of the optimizer (safetensors), its counters and RNG (JSON)
-    state.json         prompt position, version, contract hash, W&B id
+    state.json         step, prompt position, format and contract hash
     manifest.json      size and SHA-256 of every other file; written last
 """
 
@@ -38,7 +38,9 @@ class Checkpoint:
 
 
 def save(root: Path, state: Mapping[str, Any], write: Callable[[Path], None], keep: int) -> Path:
-    """Make `root/step-N` for N = `state["step"]`, with what `write` puts into the folder it is given, then drop all but `keep`.
+    """Make `root/step-N` for N = `state["step"]`, with what `write` puts into the folder it is given.
+
+    Then all but the newest `keep` are dropped, and folders of later steps: they were passed over as damaged, and this run does those steps again.
 
     A reader sees all of it or nothing. Raises `CheckpointError` where the disk refuses (full, read-only); the draft is removed
     and older checkpoints stay.
@@ -60,7 +62,8 @@ def save(root: Path, state: Mapping[str, Any], write: Callable[[Path], None], ke
             f"checkpoint {final} could not be written: {error}. Earlier checkpoints are untouched; free some space, then "
             "continue with resume=auto"
         ) from error
-    for old in _folders(root)[keep:]:
+    superseded = [folder for folder in _folders(root) if folder.name > final.name]
+    for old in superseded + _folders(root)[len(superseded) + keep :]:
         shutil.rmtree(old)
     return final
 
@@ -81,6 +84,9 @@ def find_damage(folder: Path) -> str | None:
         manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         return f"{MANIFEST}: {error}"
+    entries = manifest.values() if isinstance(manifest, dict) else [None]
+    if not all(isinstance(entry, dict) and entry.keys() == {"bytes", "sha256"} for entry in entries):
+        return f"{MANIFEST} does not list files with their size and SHA-256"
     for name, expected in manifest.items():
         file = folder / name
         if not file.is_file():

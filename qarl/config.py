@@ -14,7 +14,7 @@ from qarl.algorithm import Objective, tbpo
 from qarl.errors import ConfigError
 from qarl.records import Sampling
 
-Backend = Literal["auto", "engine", "fused", "emulated", "none"]
+Backend = Literal["auto", "engine", "emulated", "none"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -24,6 +24,10 @@ def _require(condition: bool, message: str) -> None:
 
 def _positive(key: str, value: float) -> None:
     _require(value > 0, f"{key}: must be positive, got {value}")
+
+
+def _not_negative(key: str, value: float) -> None:
+    _require(value >= 0, f"{key}: must not be negative, got {value}")
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,14 @@ class PocketConfig:
     """Peak of the warm start, for embeddings, head and norms."""
     worked_share: float = 0.42
     """Of the demonstrations, those that show the steps; the others answer at once. Below a half, greedy decoding does too."""
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "head_dim", "context"):
+            _positive(f"model.pocket.{name}", getattr(self, name))
+        _require(
+            self.heads % self.kv_heads == 0,
+            f"model.pocket.heads: {self.heads} is no multiple of model.pocket.kv_heads = {self.kv_heads}",
+        )
 
 
 @dataclass(frozen=True)
@@ -132,9 +144,6 @@ class DatasetConfig:
     system: str | None = None
     """System message, where the chat template has one."""
 
-    def __post_init__(self) -> None:
-        _require(self.size is None or self.size > 0, f"data.size: must be positive or null, got {self.size}")
-
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -152,6 +161,9 @@ class DataConfig:
     """Longer prompts are treated as `overlong` says."""
     overlong: Literal["error", "drop"] = "error"
     """Refuse the data set, or leave such rows out and count them."""
+
+    def __post_init__(self) -> None:
+        _positive("data.max_prompt_tokens", self.max_prompt_tokens)
 
 
 @dataclass(frozen=True)
@@ -193,7 +205,7 @@ class RolloutConfig:
     max_sequences: int = 256
     """Sequences decoded at a time."""
     tensor_parallel: int = 1
-    """GPUs of one engine."""
+    """GPUs of one engine; only 1 so far."""
     eager: bool = False
     """No CUDA graphs and no compilation."""
     replicas: int = 1
@@ -204,10 +216,13 @@ class RolloutConfig:
     def __post_init__(self) -> None:
         formats.get(self.format)
         _require(0 < self.gpu_memory < 1, f"rollout.gpu_memory: must lie between 0 and 1, got {self.gpu_memory}")
-        for name in ("kv_cache_gb", "max_sequences", "tensor_parallel", "replicas"):
+        for name in ("kv_cache_gb", "max_sequences", "replicas"):
             _positive(f"rollout.{name}", getattr(self, name))
+        _require(self.tensor_parallel == 1, f"rollout.tensor_parallel: only 1 so far, got {self.tensor_parallel}")
+        _not_negative("rollout.restarts", self.restarts)
         sampling = self.sampling
         _positive("rollout.sampling.max_tokens", sampling.max_tokens)
+        _require("" not in sampling.stop, "rollout.sampling.stop: must hold no empty string, which would stop at once")
         _require(
             sampling.temperature > 0,
             f"rollout.sampling.temperature: must be positive to train on, got {sampling.temperature}",
@@ -235,8 +250,12 @@ class AlgorithmConfig:
     """Ratio, bounds, correction, normaliser; `algorithm=grpo|dapo|dual_clip|gspo|tbpo` are settings of it."""
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "group", "mini_batches"):
+        for name in ("prompts", "mini_batches"):
             _positive(f"algorithm.{name}", getattr(self, name))
+        _require(
+            self.group > 1,
+            f"algorithm.group: must be at least 2, got {self.group}: advantages compare the completions of one prompt",
+        )
         total = self.prompts * self.group
         _require(
             total % self.mini_batches == 0,
@@ -275,6 +294,12 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         _positive("learner.optimizer.lr", self.lr)
         _positive("learner.optimizer.grad_clip", self.grad_clip)
+        _not_negative("learner.optimizer.warmup", self.warmup)
+        _not_negative("learner.optimizer.weight_decay", self.weight_decay)
+        _require(
+            all(0 <= beta < 1 for beta in self.betas),
+            f"learner.optimizer.betas: must be at least 0 and below 1, got {list(self.betas)}",
+        )
 
 
 @dataclass(frozen=True)
@@ -328,12 +353,19 @@ class SyncConfig:
 
     tiles: int = 4
     """Quantized tensors whose dequantized columns are compared at each sync."""
-    tile_tolerance: float = 0.02
+    tile_tolerance: float = 0.005
     """Largest difference of a tile, relative to the tensor's largest weight."""
     canaries: int = 4
-    """Held-out prompts whose greedy answers are scored by both sides at each sync."""
-    canary_tolerance: float = 0.1
-    """Largest mean |difference| of their log-probs, nats. Not checked with `learner.backend=none`."""
+    """Held-out prompts whose own tokens are scored by both sides at each sync."""
+    canary_tolerance: float = 0.02
+    """Largest mean |difference| of their log-probs, nats. Emulated backends on CPUs without VNNI need more. Not checked with
+    `learner.backend=none`."""
+
+    def __post_init__(self) -> None:
+        _not_negative("sync.tiles", self.tiles)
+        _not_negative("sync.canaries", self.canaries)
+        _positive("sync.tile_tolerance", self.tile_tolerance)
+        _positive("sync.canary_tolerance", self.canary_tolerance)
 
 
 @dataclass(frozen=True)
@@ -346,6 +378,10 @@ class GuardConfig:
     """Before clipping; NaN and infinity always stop."""
     patience: int = 3
     """Steps in a row beyond a limit before the run stops."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_mismatch", "max_grad_norm", "patience"):
+            _positive(f"guard.{name}", getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -386,6 +422,12 @@ class EvaluationConfig:
     """Completions of a prompt."""
     temperature: float = 0.0
     """0: greedy."""
+
+    def __post_init__(self) -> None:
+        _not_negative("evaluation.every", self.every)
+        _positive("evaluation.prompts", self.prompts)
+        _positive("evaluation.n", self.n)
+        _not_negative("evaluation.temperature", self.temperature)
 
 
 @dataclass(frozen=True)
@@ -430,8 +472,19 @@ class RunConfig:
     """Held-out accuracy."""
 
     def __post_init__(self) -> None:
-        _require(self.steps >= 0, f"steps: must not be negative, got {self.steps}")
+        _require(
+            self.name not in ("", ".", "..") and "/" not in self.name,
+            f"name: must be a plain folder name (out= says where it lies), got {self.name!r}",
+        )
+        _not_negative("seed", self.seed)
+        _not_negative("steps", self.steps)
         self._check_placement()
+        for key, dataset in {"data.train": self.data.train, "data.heldout": self.data.heldout}.items():
+            _require(
+                self.reward.kind != "reasoning_gym" or dataset.source.startswith("reasoning_gym:"),
+                f"reward.kind: 'reasoning_gym' scores its own tasks, but {key}.source is {dataset.source!r}; "
+                "choices: 'math', 'exact', or a source reasoning_gym:TASK",
+            )
         _require(
             self.model.dtype == "float32" or self.learner.zero > 0,
             "learner.zero: 0 keeps no float32 masters of a bfloat16 model; choices: 1, 2 or 3 (on one rank they are the same "
@@ -451,10 +504,6 @@ class RunConfig:
     def _check_placement(self) -> None:
         gpus, mode = self.placement.gpus, self.placement.mode
         if gpus == 0:
-            _require(
-                self.rollout.tensor_parallel == 1,
-                f"rollout.tensor_parallel: must be 1 on CPU (placement.gpus=0), got {self.rollout.tensor_parallel}",
-            )
             return
         ranks, engines = self.learner.ranks, self.rollout.replicas * self.rollout.tensor_parallel
         need = max(ranks, engines) if mode == "colocate" else ranks + engines

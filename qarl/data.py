@@ -41,6 +41,8 @@ def load_rows(config: DatasetConfig, key: str) -> list[Row]:
     """
     if not config.source:
         raise ConfigError(f"{key}.source: must be given: {PROCEDURAL}TASK, a .jsonl or .parquet file, or a hub name")
+    if config.size is not None and config.size <= 0:
+        raise ConfigError(f"{key}.size: must be positive or null, got {config.size}")
     if config.source.startswith(PROCEDURAL):
         found: Iterable[dict] = _procedural(config, key)
     elif config.source.endswith((".jsonl", ".parquet")):

@@ -58,7 +58,7 @@ def learner_memory(config: RunConfig, shapes: dict[str, tuple[int, ...]]) -> Mem
         masters=(4 if width == 2 else 0) * share(1),
         moments=MOMENTS[config.learner.optimizer.name] * share(1),
         gathered=width * max(layers.values(), default=0) / GB if zero == 3 else 0.0,
-        codes=engine_weights(config, shapes) / len(layers or "x"),
+        codes=engine_weights(config, shapes) / max(len(layers), 1),
         engine=0.0,
         kv_cache=0.0,
     )
@@ -103,6 +103,8 @@ def plan(config: RunConfig) -> str:
         f"learner: {learner.ranks} x ZeRO-{learner.zero}, {learner.optimizer.name}, micro-batches of {learner.tokens} tokens",
         f"engine: {rollout.replicas} x {rollout.engine}, tensor parallel {rollout.tensor_parallel}",
         f"sync: {engine_weights(config, shapes):.3g} GB on the wire ({2 * sum(map(math.prod, shapes.values())) / GB:.3g} as BF16)",
+        "      all of it passes through host memory on its way",
+        "not counted: start-up, where every learner rank reads the whole model",
         "",
         *_table(config, learner_memory(config, shapes), engine_memory(config, shapes)),
     ]

@@ -177,7 +177,7 @@ class RefillReport:
     contract_hash: str
     """Computed by the engine from its own model."""
     seconds: Mapping[str, float]
-    """Stage -> seconds: `transfer`, `load`, `verify`."""
+    """Stage -> seconds: `load`, `verify`. The transfer is what the loop waits beyond them."""
     max_tile_error: float
     """Largest |served - published| over the tiles, in units of the tensor's largest |weight|."""
 

@@ -58,18 +58,18 @@ def parameter_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
 def architecture(model: ModelConfig) -> Mapping[str, Any] | None:
     """The `config.json` of the policy, or `None` where only loading the model would tell (hub names, GGUF files)."""
     if model.pocket:
-        return pocket_architecture(model.pocket, model.max_tokens)
+        return pocket_architecture(model.pocket)
     file = Path(model.path) / "config.json"
     if model.path and file.exists():
         return json.loads(file.read_text())
     return dict(model.architecture) or None
 
 
-def pocket_architecture(pocket: PocketConfig, max_tokens: int) -> dict[str, Any]:
+def pocket_architecture(pocket: PocketConfig) -> dict[str, Any]:
     """The pocket model's `config.json`; `trainer/pocket.py` makes the model of the same numbers."""
     return {
         "model_type": "qwen3_moe" if pocket.experts else "qwen3",
-        "vocab_size": 105,
+        "vocab_size": 103,
         "hidden_size": pocket.hidden_size,
         "intermediate_size": pocket.intermediate_size,
         "moe_intermediate_size": pocket.intermediate_size,

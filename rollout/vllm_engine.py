@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from qarl.config import RolloutConfig
-from qarl.errors import ConfigError, EngineError
+from qarl.errors import EngineError
 from qarl.formats import QuantFormat
 from qarl.records import Completion, Prompt, Sampling
 from qarl.rollout import proof
@@ -43,8 +43,6 @@ class VllmEngine(Engine):
         super().__init__(config, path, max_tokens, tile_tolerance)
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        if config.tensor_parallel != 1:
-            raise ConfigError(f"rollout.tensor_parallel: only 1 so far, got {config.tensor_parallel}")
         self._eager = config.eager or not torch.cuda.is_available()  # compiling for a CPU takes longer than it saves
         self.text = Text(path)
         self._core = self._start(config, str(path), dtype)

@@ -38,6 +38,16 @@ def test_only_the_newest_are_kept(tmp_path):
     assert sorted(f.name for f in tmp_path.iterdir()) == ["step-000003", "step-000004"]
 
 
+def test_damaged_later_ones_that_a_resume_passed_over_do_not_crowd_out_the_new_one(tmp_path):
+    for step in (5, 10, 15):
+        save(tmp_path, step)
+    truncate(tmp_path / "step-000010"), truncate(tmp_path / "step-000015")
+    new = save(tmp_path, 7, keep=2)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["step-000005", "step-000007"]
+    found = checkpoint.newest(tmp_path)
+    assert found is not None and found.folder == new
+
+
 def truncate(folder: Path) -> None:
     os.truncate(folder / "policy" / "model.safetensors", 100)
 
@@ -58,8 +68,19 @@ def flip(folder: Path) -> None:
         lambda folder: (folder / "manifest.json").unlink(),
         lambda folder: os.truncate(folder / "manifest.json", 10),
         lambda folder: os.truncate(folder / "state.json", 3),
+        lambda folder: (folder / "manifest.json").write_text("[1]"),
+        lambda folder: (folder / "manifest.json").write_text('{"state.json": 3}'),
     ],
-    ids=["truncated", "flipped bit", "missing file", "no manifest", "torn manifest", "torn state"],
+    ids=[
+        "truncated",
+        "flipped bit",
+        "missing file",
+        "no manifest",
+        "torn manifest",
+        "torn state",
+        "a list",
+        "no sizes",
+    ],
 )
 def test_a_damaged_checkpoint_is_named_and_the_previous_one_found(tmp_path, capsys, damage):
     save(tmp_path, 5)

@@ -201,3 +201,9 @@ def test_sources_that_give_nothing_are_refused(tmp_path):
 def test_settings_that_mean_nothing_to_a_file_are_refused(jsonl):
     refused(DatasetConfig(source=str(jsonl), options={"name": "main"}), "data.train.options", "'main'")
     refused(DatasetConfig(source=str(jsonl), split="test"), "data.train.split: 'test'")
+
+
+@pytest.mark.parametrize("size", [0, -3])
+def test_a_size_that_is_not_positive_is_refused_by_its_key(jsonl, size):
+    with pytest.raises(ConfigError, match=rf"data\.heldout\.size: must be positive or null, got {size}"):
+        load_rows(DatasetConfig(source=str(jsonl), size=size), "data.heldout")

@@ -49,6 +49,12 @@ def test_a_plan_says_whether_it_fits(composed):
     assert "in host memory" in plan(composed("recipe=quickstart"))
 
 
+def test_a_plan_says_what_passes_through_host_memory_and_what_it_leaves_out(composed):
+    text = plan(composed(TARGET))
+    assert "GB on the wire (61.1 as BF16)\n      all of it passes through host memory" in text
+    assert "not counted: start-up" in text
+
+
 def test_a_group_that_does_not_fit_the_architecture_is_refused(composed):
     with pytest.raises(ConfigError, match="rollout.format: 'w4a16' needs input features divisible by 128"):
         plan(composed("recipe=quickstart", "rollout.format=w4a16", "model.pocket.hidden_size=96"))

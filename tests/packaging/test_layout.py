@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,43 @@ def test_layers_import_only_what_they_may(file):
 def test_help_errors_and_plans_do_not_import_torch():
     code = f"import sys; import {', '.join(LEAN)}; assert 'torch' not in sys.modules, 'torch'"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [(["--help"], 0), (["learner.optimiser=1"], 2), (["recipe=quickstart", "plan=true"], 0)],
+    ids=["help", "unknown key", "plan"],
+)
+def test_the_command_line_answers_without_torch(arguments, status, tmp_path):
+    code = f"""
+import runpy, sys
+sys.argv = ["train", *{arguments}]
+try:
+    runpy.run_module("qarl.train", run_name="__main__")
+    status = 0
+except SystemExit as exit:
+    status = exit.code or 0
+assert "torch" not in sys.modules, "torch was imported"
+assert status == {status}, status
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("file", [f for f in sources() if f.parts[0] == "qarl"], ids=str)
+def test_only_what_starts_the_parts_imports_them(file):
+    """Core modules know learner and engine by the records they exchange."""
+    if file.stem not in ("cluster", "prepare"):
+        assert not [m for m in imports(file) if m.startswith(("qarl.trainer", "qarl.rollout"))]
+
+
+def test_a_cpu_environment_holds_no_cuda_libraries():
+    import torch
+
+    if torch.version.cuda is not None:
+        pytest.skip("torch is a CUDA build")
+    names = [str(found.metadata["Name"]).lower() for found in distributions()]
+    assert not [name for name in names if name.startswith(("nvidia-", "cuda-"))]
 
 
 def test_a_wheel_holds_the_linked_folders_and_the_recipes(tmp_path):

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qarl.config import PocketConfig
+from qarl.shapes import parameter_shapes, pocket_architecture
 from qarl.trainer import pocket
 from qarl.trainer.pocket import build_model, build_tokenizer, demonstration, demonstrations, pocket_model
 
@@ -109,6 +110,15 @@ def test_every_linear_layer_takes_a_multiple_of_128_features(experts):
     packed = {name: weight.shape for name, weight in model.named_parameters() if weight.ndim == 3}
     assert len(packed) == (2 * 3 if experts else 0)
     assert all(shape[-1] % 128 == 0 for shape in packed.values())
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+def test_a_plan_knows_the_shapes_of_the_model_that_is_made(experts):
+    spec = PocketConfig(experts=experts, layers=2)
+    with torch.device("meta"):
+        model = build_model(spec, build_tokenizer(spec.context))
+    made = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    assert parameter_shapes(pocket_architecture(spec)) == made
 
 
 def test_demonstrations_show_both_ways_and_end_in_the_answer():
