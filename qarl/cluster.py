@@ -159,7 +159,7 @@ class LearnerGroup:
         for rank in self._ranks:
             ray.kill(rank)
 
-    def _all(self, references: Sequence[Any]) -> list[Any]:
+    def _all(self, references: list[Any]) -> list[Any]:
         """Every rank's answer. Where one dies its fellows fail for want of it: it is the one that is named. Raises
         `LearnerError`."""
         try:

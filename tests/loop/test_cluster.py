@@ -83,10 +83,12 @@ def samples(config, inputs, learner: LearnerGroup) -> list[Sample]:
             tokens = rng.integers(6, 100, rng.integers(1, 13)).astype(np.int32)
             completion = Completion(prompt.id, i, tokens, np.zeros(len(tokens), np.float32), "", "stop", 0)
             made.append(Sample(completion, prompt.tokens, 0.0, float(rng.standard_normal())))
-    return [
-        replace(s, completion=replace(s.completion, logprobs=s.old_logprobs + np.float32(1e-4)))
-        for s in score(learner, made)
-    ]
+    return [replace(s, completion=replace(s.completion, logprobs=_near(s.old_logprobs))) for s in score(learner, made)]
+
+
+def _near(logprobs: np.ndarray | None) -> np.ndarray:
+    assert logprobs is not None
+    return logprobs + np.float32(1e-4)
 
 
 def weights(learner: LearnerGroup, version: int) -> dict[str, torch.Tensor]:

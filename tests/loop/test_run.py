@@ -10,8 +10,8 @@ from qarl import checkpoint, jsonl
 from qarl.rundir import load_config
 
 #: What a step measures of the machine, not of the run.
-OF_THE_MACHINE = ("time/", "learn/", "tokens_per_s", "sync/gather", "sync/quantize", "sync/pack", "sync/transfer")
-OF_THE_MACHINE += ("sync/load", "sync/verify")
+STAGES = ("gather", "quantize", "pack", "transfer", "load", "verify")
+OF_THE_MACHINE = ("time/", "learn/", "tokens_per_s", *(f"sync/{stage}" for stage in STAGES))
 
 
 def rows(folder: Path) -> list[dict]:
