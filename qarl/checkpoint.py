@@ -40,7 +40,8 @@ class Checkpoint:
 def save(root: Path, state: Mapping[str, Any], write: Callable[[Path], None], keep: int) -> Path:
     """Make `root/step-N` for N = `state["step"]`, with what `write` puts into the folder it is given.
 
-    Then all but the newest `keep` are dropped, and folders of later steps: they were passed over as damaged, and this run does those steps again.
+    Then all but the newest `keep` are dropped, and folders of later steps: they were passed over as damaged, and
+    this run does those steps again.
 
     A reader sees all of it or nothing. Raises `CheckpointError` where the disk refuses (full, read-only); the draft is removed
     and older checkpoints stay.

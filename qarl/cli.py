@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -19,6 +20,8 @@ from qarl.config import RunConfig
 from qarl.errors import CheckpointError, ConfigError, DivergenceError, EngineError, LearnerError, SyncError
 
 CONFIGS = Path(__file__).parent / "configs"
+#: What a disk answers that is full or read-only.
+REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 #: group -> its options, as the folders of configs/ hold them
 GROUPS = {
     folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
@@ -38,6 +41,10 @@ def launch(work: Callable[[RunConfig], None], config_name: str) -> None:
             work(compose_run(composed))
         except (CheckpointError, ConfigError, DivergenceError, EngineError, LearnerError, SyncError) as error:
             fail(error)
+        except OSError as error:
+            if error.errno not in REFUSED:
+                raise
+            fail(OSError(f"{error}. Free some space, then continue with resume=auto"))
 
     try:
         check_overrides(sys.argv[1:])

@@ -17,24 +17,25 @@ def evaluate(config: RunConfig) -> None:
     from qarl.cluster import sampler_only
     from qarl.evaluation import evaluate as score
     from qarl.evaluation import summary
-    from qarl.prepare import prepare
+    from qarl.prepare import prepare_evaluation
     from qarl.records import Sampling
     from qarl.rewards import Rewarder
     from qarl.rundir import write_atomically
 
-    settings, inputs = config.evaluation, prepare(config)
+    settings = config.evaluation
+    model, prompts = prepare_evaluation(config)
     sampling = Sampling(
         temperature=settings.temperature,
         max_tokens=config.rollout.sampling.max_tokens,
         stop=config.rollout.sampling.stop,
     )
-    with Rewarder(config.reward) as rewarder, sampler_only(config, inputs.model) as sampler:
-        found = score(sampler, rewarder, inputs.heldout, n=settings.n, sampling=sampling, seed=config.seed)
+    with Rewarder(config.reward) as rewarder, sampler_only(config, model) as sampler:
+        found = score(sampler, rewarder, prompts, n=settings.n, sampling=sampling, seed=config.seed)
     rows = summary(found)
     record = {
         "model": config.model.path or config.model.gguf or "pocket",
         "data": config.data.heldout.source,
-        "prompts": len(inputs.heldout),
+        "prompts": len(prompts),
         "n": settings.n,
         "temperature": settings.temperature,
         "format": config.rollout.format,
@@ -47,9 +48,7 @@ def evaluate(config: RunConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"evaluation_{Path(config.data.heldout.source).name.replace(':', '_')}_{config.rollout.format}.json"
     write_atomically(file, json.dumps(record, indent=1) + "\n")
-    print(
-        f"{record['data']} · {len(inputs.heldout)} prompts · {config.rollout.format} · temperature {settings.temperature:g}"
-    )
+    print(f"{record['data']} · {len(prompts)} prompts · {config.rollout.format} · temperature {settings.temperature:g}")
     for name, row in rows.items():
         print(f"  {name:<8} {row['mean']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]")
     print(f"  written to {file}")

@@ -3,9 +3,19 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An `OSError` of writing to an open file does not say which one; here it does."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 class StepLog:
@@ -27,18 +37,21 @@ class StepLog:
             repaired = path.with_suffix(".repaired")
             repaired.write_bytes(b"".join(kept))
             os.replace(repaired, path)
+        self._path = path
         self._file = open(path, "ab")
 
     def append(self, step: int, row: Mapping[str, Any]) -> None:
         """Non-finite floats of `row` become the strings `"nan"`, `"inf"`, `"-inf"`, which `float` reads back."""
         encoded = {name: str(v) if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
         line = json.dumps({"step": step, **encoded}, allow_nan=False) + "\n"  # ASCII: a lone surrogate stays valid
-        self._file.write(line.encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with naming(self._path):
+            self._file.write(line.encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        with naming(self._path):  # closing tries once more to write what a full disk refused
+            self._file.close()
 
 
 def read(path: Path) -> list[dict[str, Any]]:

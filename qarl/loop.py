@@ -21,8 +21,8 @@ from qarl.prepare import Inputs, prepare, say
 from qarl.records import Sampling
 from qarl.report import write_report
 from qarl.rewards import Rewarder
-from qarl.rundir import RunDir, open_run
-from qarl.samples import deal, score, to_samples
+from qarl.rundir import RunDir, check_resume, open_run
+from qarl.samples import check_version, deal, score, to_samples
 from qarl.seeds import completion_seeds, mini_batch_order
 from qarl.summary import conclude
 from qarl.sync import sync
@@ -31,16 +31,15 @@ from qarl.sync import sync
 def run(config: RunConfig) -> None:
     """Train until `config.steps`, or raise: what was reached is saved, and `resume=auto` continues it."""
     started = time.perf_counter()
-    run_dir = open_run(config)
+    check_resume(config)
     inputs = prepare(config)
-    with (
-        Rewarder(config.reward) as rewarder,
-        Cluster.open(config, inputs.model) as cluster,
-        Metrics.open(run_dir.path, config, run_dir.first_step) as metrics,
-    ):
+    run_dir = open_run(config)  # only now: a mistake in data or model moves no old run aside
+    with Rewarder(config.reward) as rewarder, Cluster.open(config, inputs.model) as cluster:
         standing = cluster.learner.standing
         say(f"{config.rollout.format}: {standing.coverage}; learner backend {standing.backend}")
-        train(config, run_dir, inputs, cluster, rewarder, metrics)
+        restore(run_dir, cluster, inputs)  # before the metrics of steps to be done again are moved aside
+        with Metrics.open(run_dir.path, config, run_dir.first_step) as metrics:
+            train(config, run_dir, inputs, cluster, rewarder, metrics)
     closing = conclude(config, run_dir.path, time.perf_counter() - started)
     write_report(run_dir.path)
     print(closing)
@@ -53,7 +52,6 @@ def train(
     learner, sampler, prompts = cluster.learner, cluster.sampler, inputs.train
     algorithm, sampling = config.algorithm, config.rollout.sampling
     guard, watch = Guard(config.guard), Stopwatch()
-    restore(run_dir, cluster, inputs)
 
     for step in range(run_dir.first_step, config.steps + 1):
         with watch("publish"):
@@ -69,6 +67,7 @@ def train(
             asked = prompts.take(algorithm.prompts)
             seeds = completion_seeds(config.seed, "rollout", step, algorithm.prompts, algorithm.group)
             completions = sampler.generate(asked, sampling, seeds)
+        check_version(completions, step)
         with watch("reward"):
             rewards = rewarder.score([c.text for c in completions], [p for p in asked for _ in range(algorithm.group)])
             samples = to_samples(asked, completions, rewards.values, algorithm.advantage)

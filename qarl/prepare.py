@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import transformers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from qarl import formats
 from qarl.config import RunConfig
 from qarl.data import load_rows
-from qarl.prompts import PromptStream, load_prompts
+from qarl.errors import ConfigError
+from qarl.prompts import PromptStream, load_heldout, load_prompts
 from qarl.records import Prompt
+from qarl.shapes import parameter_shapes
 from qarl.trainer.model import materialize
 
 
@@ -32,21 +37,55 @@ class Inputs:
 
 def prepare(config: RunConfig) -> Inputs:
     """Raises `ConfigError` for whatever is wrong with data or model."""
-    transformers.utils.logging.disable_progress_bar()  # of files; ours shows steps
     if not config.placement.gpus:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no other
-    heldout = [row.message for row in load_rows(config.data.heldout, "data.heldout")] if config.model.pocket else []
-    model = materialize(config.model, cache_folder(), held_out=heldout, progress=warm_start_progress())
-    sets = load_prompts(config.data, AutoTokenizer.from_pretrained(model, revision=config.model.revision))
+    model, tokenizer = prepare_policy(config)
+    sets = load_prompts(config.data, tokenizer)
     if sets.overlap or sets.overlong:
         say(f"left out: {sets.overlap} training rows that are held out, {sets.overlong} rows with too long a prompt")
-    evaluated = sets.heldout[: config.evaluation.prompts]
+    canaries = sets.heldout[: config.sync.canaries]
+    if canaries and all(len(prompt.tokens) < 2 for prompt in canaries):
+        raise ConfigError(
+            f"data.heldout: none of the first {len(canaries)} prompts has two tokens, so sync.canaries={config.sync.canaries} "
+            "proves nothing; give longer prompts or sync.canaries=0"
+        )
     return Inputs(
-        model=str(model),
+        model=model,
         train=PromptStream(sets.train, config.seed, config.data.shuffle),
-        heldout=evaluated,
-        canaries=sets.heldout[: config.sync.canaries],
+        heldout=sets.heldout[: config.evaluation.prompts],
+        canaries=canaries,
     )
+
+
+def prepare_evaluation(config: RunConfig) -> tuple[str, tuple[Prompt, ...]]:
+    """The policy, and the held-out prompts that are asked; `data.train` is not read. Raises `ConfigError` as `prepare` does."""
+    model, tokenizer = prepare_policy(config)
+    return model, load_heldout(config.data, tokenizer)[: config.evaluation.prompts]
+
+
+def prepare_policy(config: RunConfig) -> tuple[str, PreTrainedTokenizerBase]:
+    """Folder or hub name of the policy, and its tokenizer."""
+    transformers.utils.logging.disable_progress_bar()  # of files; ours shows steps
+    heldout = [row.message for row in load_rows(config.data.heldout, "data.heldout")] if config.model.pocket else []
+    model = materialize(config.model, cache_folder(), held_out=heldout, progress=warm_start_progress())
+    if model.is_dir():
+        check_fit(config, json.loads((model / "config.json").read_text()))
+    try:
+        return str(model), AutoTokenizer.from_pretrained(model, revision=config.model.revision)
+    except Exception as error:  # it raises whatever its formats' parsers raise
+        raise ConfigError(f"model.path: {str(model)!r} has no tokenizer that loads: {error}") from error
+
+
+def check_fit(config: RunConfig, architecture: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` where the model's `config.json` does not suit the format or the context."""
+    format = formats.get(config.rollout.format)
+    for name, shape in parameter_shapes(architecture).items():
+        format.check_shape(name, shape)
+    positions = architecture.get("max_position_embeddings")
+    if positions is not None and positions < config.model.max_tokens:
+        raise ConfigError(
+            f"model.max_tokens: {config.model.max_tokens}, but the model has {positions} positions (max_position_embeddings)"
+        )
 
 
 def cache_folder() -> Path:

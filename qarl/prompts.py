@@ -49,6 +49,11 @@ def load_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prom
     return PromptSets(train, heldout, overlap=len(rows) - len(fresh), overlong=overlong)
 
 
+def load_heldout(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Prompt, ...]:
+    """The held-out set alone: what an evaluation asks."""
+    return tokenize(load_rows(config.heldout, "data.heldout"), config.heldout, config, tokenizer, "data.heldout")
+
+
 def tokenize(
     rows: Sequence[Row], dataset: DatasetConfig, config: DataConfig, tokenizer: PreTrainedTokenizerBase, key: str
 ) -> tuple[Prompt, ...]:

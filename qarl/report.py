@@ -13,6 +13,7 @@ from pathlib import Path
 from string import Template
 
 from qarl import report_cards as cards
+from qarl.jsonl import naming
 from qarl.progress import duration
 from qarl.run_data import RunData, load
 
@@ -40,8 +41,9 @@ def write_report(run_dir: Path) -> Path:
     )
     path = run_dir / "report.html"
     partial = path.with_suffix(".partial")
-    partial.write_bytes(page.encode(errors="replace"))  # a response may hold lone surrogates
-    os.replace(partial, path)
+    with naming(path):
+        partial.write_bytes(page.encode(errors="replace"))  # a response may hold lone surrogates
+        os.replace(partial, path)
     return path
 
 

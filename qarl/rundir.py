@@ -18,9 +18,22 @@ from qarl.build import build, to_mapping
 from qarl.checkpoint import Checkpoint
 from qarl.config import RunConfig
 from qarl.errors import ConfigError
+from qarl.jsonl import naming
 
-#: Keys that may differ between a run and its continuation: they do not change what a step computes.
-FREE = ("steps", "resume", "plan", "out", "name", "logging", "checkpoint", "placement.address", "rollout.restarts")
+#: Keys that may differ between a run and its continuation: they do not change what a step computes. So may `steps`, unless the
+#: learning rate decays towards the last one.
+FREE = (
+    "resume",
+    "plan",
+    "out",
+    "name",
+    "logging",
+    "checkpoint",
+    "guard",
+    "sync",
+    "placement.address",
+    "rollout.restarts",
+)
 
 
 @dataclass(frozen=True)
@@ -40,19 +53,28 @@ class RunDir:
         return self.resumed.step if self.resumed else 0
 
 
+def check_resume(config: RunConfig) -> None:
+    """Raise `ConfigError`, with the keys that differ, where `resume=auto` finds a run of another configuration. Changes nothing."""
+    path = Path(config.out) / config.name
+    if config.resume == "auto" and (path / "config.yaml").exists():
+        _check_same(load_config(path), config)
+
+
 def open_run(config: RunConfig) -> RunDir:
     """Make the folder, or find what to continue from.
 
-    `resume=never` moves an old run of that name aside, so nothing is lost. `resume=auto` refuses to continue a run with another
-    configuration: raises `ConfigError` with the keys that differ.
+    `resume=never` moves an old run of that name aside, so nothing is lost. `resume=auto` raises `ConfigError` as
+    `check_resume` does, and where the run is already further than `steps`.
     """
+    check_resume(config)
     path = Path(config.out) / config.name
     resumed = None
     if config.resume == "never":
         _move_aside(path)
     elif (path / "config.yaml").exists():
-        _check_same(load_config(path), config)
         resumed = checkpoint.newest(path / "checkpoints")
+        if resumed and config.steps < resumed.step:
+            raise ConfigError(f"steps: {config.steps}, but {resumed.folder} is already at step {resumed.step}")
     path.mkdir(parents=True, exist_ok=True)
     write_atomically(path / "config.yaml", yaml.safe_dump(to_mapping(config), sort_keys=False))
     return RunDir(path, resumed)
@@ -66,8 +88,9 @@ def load_config(path: Path) -> RunConfig:
 def write_atomically(file: Path, text: str) -> None:
     """Readers see the old text or the new one."""
     draft = file.with_name(f".{file.name}.draft")
-    draft.write_text(text)
-    os.replace(draft, file)
+    with naming(file):
+        draft.write_text(text)
+        os.replace(draft, file)
 
 
 def _move_aside(path: Path) -> None:
@@ -81,11 +104,12 @@ def _move_aside(path: Path) -> None:
 
 
 def _check_same(old: RunConfig, new: RunConfig) -> None:
+    free = (*FREE, "steps") if new.learner.optimizer.schedule == "constant" else FREE
     before, after = dict(_leaves(to_mapping(old))), dict(_leaves(to_mapping(new)))
     changed = [
         f"{key}: was {before.get(key)!r}, now {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not any(key == f or key.startswith(f + ".") for f in FREE)
+        if before.get(key) != after.get(key) and not any(key == f or key.startswith(f + ".") for f in free)
     ]
     if changed:
         raise ConfigError(

@@ -12,6 +12,7 @@ from qarl.advantages import advantages
 from qarl.algorithm import AdvantageKind
 from qarl.batching import pack, pack_to_score
 from qarl.cluster import LearnerGroup
+from qarl.errors import SyncError
 from qarl.records import Completion, MiniBatch, Prompt, Sample
 
 
@@ -27,6 +28,13 @@ def to_samples(
         Sample(completion, prompt.tokens, float(reward), advantage)
         for completion, prompt, reward, advantage in zip(completions, asked, rewards, gained, strict=True)
     ]
+
+
+def check_version(completions: Sequence[Completion], version: int) -> None:
+    """Raise `SyncError` where a completion was not written by the published version, which is the one `score` computes with."""
+    others = sorted({c.version for c in completions} - {version})
+    if others:
+        raise SyncError(f"version {version} is published, but completions were written by {others}")
 
 
 def score(learner: LearnerGroup, samples: Sequence[Sample]) -> list[Sample]:

@@ -14,7 +14,8 @@ from qarl.rundir import write_atomically
 
 
 def summarize(config: RunConfig, run_dir: Path, seconds: float) -> dict[str, object]:
-    """Computed from `metrics.jsonl` alone, so that a resumed run sums up all of its steps; `seconds` are this process's."""
+    """Computed from `metrics.jsonl` alone, so that a resumed run sums up all of its steps; `seconds` are those
+    of the last process alone, start-up included."""
     rows = jsonl.read(run_dir / "metrics.jsonl")
     accuracy = [float(row["accuracy/heldout"]) for row in rows if "accuracy/heldout" in row]
     mismatch = [float(row["mismatch/mean_abs"]) for row in rows if "mismatch/mean_abs" in row]

@@ -41,7 +41,8 @@ def test_only_the_newest_are_kept(tmp_path):
 def test_damaged_later_ones_that_a_resume_passed_over_do_not_crowd_out_the_new_one(tmp_path):
     for step in (5, 10, 15):
         save(tmp_path, step)
-    truncate(tmp_path / "step-000010"), truncate(tmp_path / "step-000015")
+    for later in ("step-000010", "step-000015"):
+        truncate(tmp_path / later)
     new = save(tmp_path, 7, keep=2)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["step-000005", "step-000007"]
     found = checkpoint.newest(tmp_path)

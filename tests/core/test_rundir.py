@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from qarl import checkpoint
-from qarl.config import LoggingConfig, RolloutConfig, RunConfig
+from qarl.config import GuardConfig, LearnerConfig, LoggingConfig, OptimizerConfig, RolloutConfig, RunConfig
 from qarl.errors import ConfigError
-from qarl.rundir import load_config, open_run
+from qarl.rundir import check_resume, load_config, open_run
 
 
 def config(tmp_path, **changes) -> RunConfig:
@@ -49,3 +49,34 @@ def test_auto_refuses_another_configuration_and_names_what_differs(tmp_path):
     ):
         open_run(config(tmp_path, resume="auto", seed=3, rollout=RolloutConfig(format="bf16")))
     assert load_config(run.path).seed == 0
+
+
+def test_auto_takes_other_limits_of_the_guard(tmp_path):
+    save(open_run(config(tmp_path, resume="auto")), 5)
+    assert open_run(config(tmp_path, resume="auto", guard=GuardConfig(max_mismatch=2.0))).first_step == 5
+
+
+def test_auto_refuses_other_steps_where_the_learning_rate_decays_towards_the_last(tmp_path):
+    decaying = LearnerConfig(optimizer=OptimizerConfig(schedule="cosine"))
+    save(open_run(config(tmp_path, resume="auto", learner=decaying)), 5)
+    with pytest.raises(ConfigError, match="resume: .*\n  steps: was 100, now 200"):
+        open_run(config(tmp_path, resume="auto", learner=decaying, steps=200))
+
+
+def test_auto_refuses_fewer_steps_than_were_done(tmp_path):
+    save(open_run(config(tmp_path, resume="auto")), 5)
+    with pytest.raises(ConfigError, match="^steps: 4, but .*step-000005 is already at step 5"):
+        open_run(config(tmp_path, resume="auto", steps=4))
+    assert load_config(tmp_path / "r").steps == 100
+
+
+@pytest.mark.parametrize("resume", ["never", "auto"])
+def test_a_check_changes_nothing(tmp_path, resume):
+    open_run(config(tmp_path, seed=7))
+    changed = config(tmp_path, seed=8, resume=resume)
+    if resume == "auto":
+        with pytest.raises(ConfigError, match="seed: was 7, now 8"):
+            check_resume(changed)
+    else:
+        check_resume(changed)
+    assert [f.name for f in tmp_path.iterdir()] == ["r"] and load_config(tmp_path / "r").seed == 7

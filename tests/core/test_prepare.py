@@ -1,0 +1,62 @@
+"""What is refused before anything expensive starts."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qarl import prepare as module
+from qarl.errors import ConfigError
+from qarl.prepare import check_fit, prepare, prepare_evaluation
+from qarl.shapes import pocket_architecture
+
+POCKET = ("recipe=quickstart", "model.pocket.steps=0", "model.pocket.layers=1")
+FEW = ("data.train.size=20", "data.heldout.size=4")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("QARL_CACHE", str(tmp_path / "cache"))
+
+
+def test_an_evaluation_does_not_read_the_training_data(composed):
+    config = composed(*POCKET, *FEW, "data.train.source=missing.jsonl", "evaluation.prompts=3")
+    model, prompts = prepare_evaluation(config)
+    assert len(prompts) == 3 and model.startswith(str(module.cache_folder()))
+    with pytest.raises(ConfigError, match="data.train.source: no such file 'missing.jsonl'"):
+        prepare(config)
+
+
+def test_a_format_that_does_not_fit_the_model_is_refused(composed):
+    config = composed("recipe=quickstart", "rollout.format=w4a16", "model.pocket.hidden_size=96")
+    with pytest.raises(ConfigError, match="rollout.format: 'w4a16' needs input features divisible by 128"):
+        check_fit(config, pocket_architecture(config.model.pocket))
+
+
+def test_a_context_beyond_the_models_positions_is_refused(composed):
+    config = composed(*POCKET, *FEW, "model.pocket.context=256")
+    with pytest.raises(ConfigError, match="model.max_tokens: 512, but the model has 256 positions"):
+        prepare(config)
+
+
+def test_a_tokenizer_that_does_not_load_is_refused(composed, tmp_path):
+    made, _ = prepare_evaluation(composed(*POCKET, *FEW))
+    (Path(made) / "tokenizer.json").write_text(json.dumps({"version": "none"}))
+    with pytest.raises(ConfigError, match="model.path: .* has no tokenizer that loads"):
+        prepare_evaluation(composed(*POCKET, *FEW))
+
+
+def test_canaries_without_two_tokens_are_refused(composed, monkeypatch):
+    config = composed(*POCKET, *FEW, "data.chat=false", "sync.canaries=2")
+    whole = module.load_prompts
+
+    def shortened(data, tokenizer):
+        sets = whole(data, tokenizer)
+        short = tuple(replace(prompt, tokens=prompt.tokens[:1]) for prompt in sets.heldout)
+        return replace(sets, heldout=short)
+
+    assert len(prepare(config).canaries) == 2
+    monkeypatch.setattr(module, "load_prompts", shortened)
+    with pytest.raises(ConfigError, match="data.heldout: none of the first 2 prompts has two tokens"):
+        prepare(config)
