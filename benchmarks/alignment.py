@@ -83,10 +83,13 @@ def gap(samples: list[Any]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=16, help="prompts, each with the recipe's group of completions")
+    parser.add_argument("--models", nargs="*", help="part of the names of models to measure; all, where none is given")
     parser.add_argument("--trained", help="policy folder of a finished quickstart run, for the row after training")
     arguments = parser.parse_args()
     rows = []
     for name, config in cases(arguments.trained):
+        if arguments.models and not any(part in name for part in arguments.models):
+            continue
         for row in measure(name, config, arguments.prompts):
             rows.append(row)
             print(row, flush=True)

@@ -6,22 +6,26 @@ and release weights: under ZeRO-3 a weight exists only inside its module's forwa
 
 from __future__ import annotations
 
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from qarl.errors import ConfigError
 from qarl.formats import QuantFormat
 from qarl.kernels.dispatch import choose, kernel
 from qarl.kernels.linear import Arithmetic, aligned_experts, aligned_linear
+from qarl.kernels.rotary import engine_rotary
+from qarl.trainer.attention import PACKED_ENGINE
 
 
 class AlignedModel:
     """The aligned forward of one model: what is covered, and the weights laid out for its products as they are now."""
 
     def __init__(
-        self, model: nn.Module, format: QuantFormat, backend: str, device_type: str, dtype: torch.dtype
+        self, model: PreTrainedModel, format: QuantFormat, backend: str, device_type: str, dtype: torch.dtype
     ) -> None:
         """Swaps forwards in place. Backend `none` swaps nothing: the learner computes unquantized, and is not aligned."""
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -34,6 +38,9 @@ class AlignedModel:
             self.backend = choose(format.name, backend, device_type, dtype)
             self._arithmetic = Arithmetic(kernel(format.name), format.group, self.backend, dtype)
             self._swap(model)
+            if self.backend == "engine":
+                model.set_attn_implementation(PACKED_ENGINE)
+                _rotate_as_the_engine(model)
 
     def invalidate(self) -> None:
         """Forget all codes: the weights have changed."""
@@ -100,3 +107,18 @@ class _Experts:
         down = self.aligned.experts(module.act_fn(gate) * up, f"{self.path}.down_proj", module.down_proj, offsets)
         weighted = down * top_k_weights.flatten()[order, None]
         return torch.zeros_like(hidden).index_add(0, token, weighted.to(hidden.dtype))
+
+
+def _rotate_as_the_engine(model: nn.Module) -> None:
+    """Gives each attention module a forward that finds the engine's rotary embedding under the name transformers calls.
+
+    The forward is the module's own code over its own globals, but for that one name: no other model is touched.
+    """
+    name = "apply_rotary_pos_emb"
+    for module in model.modules():
+        forward: Any = type(module).forward
+        if name in getattr(getattr(forward, "__code__", None), "co_names", ()):
+            names = {**forward.__globals__, name: engine_rotary}
+            own = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+            own.__kwdefaults__ = forward.__kwdefaults__
+            module.forward = MethodType(own, module)

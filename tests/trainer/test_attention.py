@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from qarl.kernels.attention import attention
 from qarl.trainer.attention import PACKED, packed_attention, positions
 
 LENGTHS = [5, 1, 12, 3]
@@ -43,4 +44,4 @@ def test_a_sequence_does_not_see_its_neighbours(models):
 def test_lengths_that_do_not_add_up_are_refused():
     q = torch.zeros(1, 2, 7, 4)
     with pytest.raises(ValueError, match="whole sequences"):
-        packed_attention(torch.nn.Identity(), q, q, q, None, sequence_lengths=[3, 3])
+        packed_attention(attention, q, q, q, None, [3, 3], None)
