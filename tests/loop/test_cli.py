@@ -45,8 +45,16 @@ def test_a_mistake_exits_2_with_one_line(argument, said):
 
 @pytest.mark.slow
 def test_multirun_does_one_run_after_another_in_one_process(runner):
-    done = runner.run("${seed}", "seed=1,2", "steps=1", "model.pocket.steps=0", "rollout.engine=torch", "--multirun")
+    done = runner.run(
+        "of-${seed}",
+        f"hydra.sweep.dir={runner.out}",
+        "seed=1,2",
+        "steps=1",
+        "model.pocket.steps=0",
+        "rollout.engine=torch",
+        "--multirun",
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (jsonl.read(runner.out / seed / "metrics.jsonl") for seed in "12")
+    first, second = (jsonl.read(runner.out / f"of-{seed}" / "metrics.jsonl") for seed in (1, 2))
     assert [row["step"] for row in first] == [row["step"] for row in second] == [0, 1]
     assert first[0]["entropy"] != second[0]["entropy"]

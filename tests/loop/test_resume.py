@@ -100,3 +100,10 @@ def test_a_diverged_state_is_saved_apart_and_the_last_healthy_checkpoint_named(c
     expected = f"resume=auto continues from {last}" if healthy else "there is no earlier checkpoint"
     assert str(error) == f"grad_norm is nan.\n  The state is saved in {diverged}; {expected}."
     assert open_run(replace(config, steps=9)).first_step == (2 if healthy else 0), "a resume must not look at it"
+
+
+def test_a_stopped_run_may_continue_with_other_limits(small, tmp_path):
+    """As the guard's own message advises."""
+    loop.save(open_run(small(f"out={tmp_path}", "resume=auto")).checkpoints, small(), cluster(), inputs(), 2)
+    changed = small(f"out={tmp_path}", "resume=auto", "guard.max_mismatch=9", "sync.canary_tolerance=0.5")
+    assert open_run(changed).first_step == 2
