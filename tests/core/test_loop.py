@@ -1,0 +1,39 @@
+"""What a run that fails at its start leaves as it was."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+
+from qarl import checkpoint, loop
+from qarl.errors import CheckpointError, ConfigError
+from qarl.rundir import open_run
+
+
+@pytest.fixture
+def config(composed, tmp_path):
+    return lambda *overrides: composed(
+        "recipe=quickstart", f"out={tmp_path}", "logging.wandb=disabled", "reward.workers=1", *overrides
+    )
+
+
+def test_a_mistake_in_the_data_moves_no_old_run_aside(config, tmp_path):
+    open_run(config())
+    with pytest.raises(ConfigError, match="data.heldout.source: no such file"):
+        loop.run(config("data.heldout.source=missing.jsonl"))
+    assert [f.name for f in tmp_path.iterdir()] == ["quickstart"]
+
+
+def test_a_checkpoint_that_is_refused_leaves_the_rows_behind_it(config, monkeypatch):
+    """Those of steps to be done again move aside only once the learner has taken the checkpoint."""
+    run_dir = open_run(config("resume=auto"))
+    checkpoint.save(run_dir.checkpoints, {"step": 1, "contract_hash": "aaaa"}, lambda folder: None, 2)
+    rows = '{"step": 0}\n{"step": 1}\n'
+    (run_dir.path / "metrics.jsonl").write_text(rows)
+    standing = SimpleNamespace(contract_hash="bbbb", coverage="all", backend="emulated")
+    cluster = SimpleNamespace(learner=SimpleNamespace(standing=standing))
+    monkeypatch.setattr(loop, "prepare", lambda _: SimpleNamespace(model="folder"))
+    monkeypatch.setattr(loop.Cluster, "open", lambda *_: nullcontext(cluster))
+    with pytest.raises(CheckpointError, match="made under contract aaaa, this run's is bbbb"):
+        loop.run(config("resume=auto"))
+    assert (run_dir.path / "metrics.jsonl").read_text() == rows
