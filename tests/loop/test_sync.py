@@ -56,7 +56,7 @@ class Sampler:
 
 @pytest.fixture(scope="module")
 def parts(small) -> Any:
-    config = small("model.pocket.steps=0", "rollout.engine=torch")
+    config = small("model.pocket.steps=0", "rollout.engine=torch", "sync.canary_tolerance=0.1")
     inputs = prepare(config)
     engine = open_engine(**engine_arguments(config, inputs.model))
     return config, inputs, load_model(inputs.model, torch.float32), engine
