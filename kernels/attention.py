@@ -46,9 +46,9 @@ class _EngineAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         with torch.enable_grad():
-            inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
-            y = attention(*inputs, ctx.lengths, ctx.scale)
-        return (*torch.autograd.grad(y, inputs, grad), None, None)
+            q, k, v = (x.detach().requires_grad_() for x in ctx.saved_tensors)
+            y = attention(q, k, v, ctx.lengths, ctx.scale)
+        return (*torch.autograd.grad(y, (q, k, v), grad), None, None)
 
 
 def _paged(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float) -> Tensor:

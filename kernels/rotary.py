@@ -31,15 +31,19 @@ class _EngineRotary(torch.autograd.Function):
         ctx.save_for_backward(cos, sin)
         n_tokens, width = q.shape[2], q.shape[3]
         table = torch.cat([cos[0, :, : width // 2], sin[0, :, : width // 2]], dim=-1)
-        rows = [x[0].transpose(0, 1).reshape(n_tokens, -1).clone() for x in (q, k)]  # the op writes in place
-        ops.rotary_embedding(torch.arange(n_tokens), *rows, width, table, True)
-        turned = [row.view(n_tokens, -1, width).transpose(0, 1)[None] for row in rows]
-        return turned[0], turned[1]
+        turned_q, turned_k = (x[0].transpose(0, 1).reshape(n_tokens, -1).clone() for x in (q, k))  # written in place
+        ops.rotary_embedding(torch.arange(n_tokens), turned_q, turned_k, width, table, True)
+        return _heads(turned_q, width), _heads(turned_k, width)
 
     @staticmethod
     def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors  # a rotation: its transpose turns back
         return *(g * cos - _rotate_half(g * sin) for g in (grad_q, grad_k)), None, None
+
+
+def _heads(rows: Tensor, width: int) -> Tensor:
+    """[T, H D] -> [1, H, T, D]."""
+    return rows.view(len(rows), -1, width).transpose(0, 1)[None]
 
 
 def _rotate_half(x: Tensor) -> Tensor:

@@ -353,7 +353,7 @@ class SyncConfig:
 
     tiles: int = 4
     """Quantized tensors whose dequantized columns are compared at each sync."""
-    tile_tolerance: float = 0.005
+    tile_tolerance: float = 0.01
     """Largest difference of a tile, relative to the tensor's largest weight."""
     canaries: int = 4
     """Held-out prompts whose own tokens are scored by both sides at each sync."""

@@ -25,7 +25,7 @@ class AlignedModel:
     """The aligned forward of one model: what is covered, and the weights laid out for its products as they are now."""
 
     def __init__(
-        self, model: PreTrainedModel, format: QuantFormat, backend: str, device_type: str, dtype: torch.dtype
+        self, model: nn.Module, format: QuantFormat, backend: str, device_type: str, dtype: torch.dtype
     ) -> None:
         """Swaps forwards in place. Backend `none` swaps nothing: the learner computes unquantized, and is not aligned."""
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -39,6 +39,7 @@ class AlignedModel:
             self._arithmetic = Arithmetic(kernel(format.name), format.group, self.backend, dtype)
             self._swap(model)
             if self.backend == "engine":
+                assert isinstance(model, PreTrainedModel)
                 model.set_attn_implementation(PACKED_ENGINE)
                 _rotate_as_the_engine(model)
 

@@ -172,7 +172,7 @@ def test_reasoning_gym_refuses_rows_of_other_sources():
 def test_hostile_responses_cost_themselves_only(hostile):
     bad = ["loop", "exit", "kill", "segfault", "allocate", "digits", "recurse", "nan"]
     responses = [r for b in bad for r in ("yes", b, "no", "yes")]
-    with Rewarder(RewardConfig(workers=2, timeout_s=1.0, memory_mb=256), score=hostile.act) as rewarder:
+    with Rewarder(RewardConfig(workers=2, timeout_s=4.0, memory_mb=256), score=hostile.act) as rewarder:
         rewards = rewarder.score(responses, [prompt("yes")] * len(responses))
         again = rewarder.score(["yes", "no"], [prompt("yes")] * 2)
     assert rewards.values.tolist() == [1.0, 0.0, 0.0, 1.0] * len(bad)

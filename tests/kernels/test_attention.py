@@ -13,7 +13,7 @@ engine = pytest.mark.skipif(
 #: Lengths of packed sequences: one token, a block and its neighbours, several blocks, many short ones.
 LENGTHS = ([1], [5, 1, 9], [BLOCK], [BLOCK - 1, BLOCK + 1], [300, 2, 129], [3] * 40)
 #: float32 sums of at most 300 terms of size 1 in another order: a few units in the last place of values up to about 4.
-CLOSE = dict(rtol=1e-5, atol=4e-6)
+RTOL, ATOL = 1e-5, 4e-6
 
 
 def qkv(lengths, dtype=torch.float32, heads=4, kv_heads=2, width=32):
@@ -45,12 +45,13 @@ def test_definition_is_softmax_of_each_sequence_by_itself(lengths):
 @engine
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_engine_computes_the_definition_forward_and_backward(lengths):
-    inputs, grads = qkv(lengths), []
+    q, k, v = inputs = qkv(lengths)
+    grads = []
     for compute in (attention, engine_attention):
-        y = compute(*inputs, lengths)
+        y = compute(q, k, v, lengths)
         grads.append((y.detach(), *torch.autograd.grad(y, inputs, torch.ones_like(y).cumsum(1) / len(y[0]))))
     for mine, definition in zip(grads[1], grads[0], strict=True):
-        torch.testing.assert_close(mine, definition, **CLOSE)
+        torch.testing.assert_close(mine, definition, rtol=RTOL, atol=ATOL)
 
 
 @engine

@@ -91,7 +91,6 @@ def evaluate(runner, policy: Path, name: str, *overrides: str) -> dict:
         name,
         "model=folder",
         f"model.path={policy}",
-        "model.pocket=null",
         "model.dtype=float32",
         "model.max_tokens=512",
         "evaluation.n=2",
