@@ -89,7 +89,7 @@ def test_an_engine_that_proved_another_contract_than_was_published_is_refused(pa
 
 def test_a_canary_beyond_tolerance_is_refused(parts):
     with pytest.raises(
-        SyncError, match=r"version 0: on 4 canaries .* differ by 0\.2 nats .* sync\.canary_tolerance = 0\.02"
+        SyncError, match=r"version 0: on 4 canaries .* differ by 0\.2 nats .* sync\.canary_tolerance = 0\.1"
     ):
         attempt(parts, error=0.2)
 
