@@ -93,7 +93,7 @@ def area_chart(steps: np.ndarray, series: Sequence[Series]) -> str:
 def tick_label(value: float, percent: bool = False) -> str:
     """`20%`, `0.05`, `1.5k`, `1e-4`."""
     if percent:
-        return f"{100 * value:.3g}%"
+        return f"{100 * value:.6g}%"  # 99.9998% and 100% are two ticks
     if value and not 1e-3 <= abs(value) < 1e6:
         mantissa, exponent = f"{value:.0e}".split("e")
         return f"{mantissa}e{int(exponent)}"
