@@ -41,7 +41,7 @@ class _EngineAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float) -> Tensor:
         ctx.save_for_backward(q, k, v)
         ctx.lengths, ctx.scale = lengths, scale
-        return _paged(q, k, v, lengths, scale)
+        return _engine_prefill(q, k, v, lengths, scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -51,7 +51,7 @@ class _EngineAttention(torch.autograd.Function):
         return (*torch.autograd.grad(y, (q, k, v), grad), None, None)
 
 
-def _paged(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float) -> Tensor:
+def _engine_prefill(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float) -> Tensor:
     """The calls of vLLM's `CPUAttentionBackendImpl` for a prefill of all sequences, on a cache of its own."""
     from vllm import _custom_ops as ops
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa

@@ -26,19 +26,24 @@ def engine_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tenso
 class _EngineRotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        from vllm import _custom_ops as ops
-
         ctx.save_for_backward(cos, sin)
-        n_tokens, width = q.shape[2], q.shape[3]
-        table = torch.cat([cos[0, :, : width // 2], sin[0, :, : width // 2]], dim=-1)
-        turned_q, turned_k = (x[0].transpose(0, 1).reshape(n_tokens, -1).clone() for x in (q, k))  # written in place
-        ops.rotary_embedding(torch.arange(n_tokens), turned_q, turned_k, width, table, True)
-        return _heads(turned_q, width), _heads(turned_k, width)
+        return _engine_turn(q, k, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors  # a rotation: its transpose turns back
         return *(g * cos - _rotate_half(g * sin) for g in (grad_q, grad_k)), None, None
+
+
+def _engine_turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The call of vLLM's `RotaryEmbedding` on CPU."""
+    from vllm import _custom_ops as ops
+
+    n_tokens, width = q.shape[2], q.shape[3]
+    table = torch.cat([cos[0, :, : width // 2], sin[0, :, : width // 2]], dim=-1)
+    turned_q, turned_k = (x[0].transpose(0, 1).reshape(n_tokens, -1).clone() for x in (q, k))  # written in place
+    ops.rotary_embedding(torch.arange(n_tokens), turned_q, turned_k, width, table, True)
+    return _heads(turned_q, width), _heads(turned_k, width)
 
 
 def _heads(rows: Tensor, width: int) -> Tensor:

@@ -252,7 +252,11 @@ def test_zero_denormal_and_outlier_inputs(name: str) -> None:
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_non_contiguous_inputs_and_weights(name: str) -> None:
     x, weight = torch.randn(K, 5).t(), torch.randn(K, 24).t()
-    assert torch.equal(product(name, x, weight), product(name, x.contiguous(), weight.contiguous()))
+    y, expected = product(name, x, weight), product(name, x.contiguous(), weight.contiguous())
+    if name == "w8a8_int8":
+        assert torch.equal(y, expected)  # integers
+    else:  # float32 sums of K terms, |y| below 50, in an order that depends on layout and threads
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["w8a8_int8", "w8a8_fp8"])
