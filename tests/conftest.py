@@ -1,8 +1,14 @@
 """Fixtures of all tests."""
 
+import os
 from collections.abc import Callable
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Read by Triton when a kernel is defined: without a GPU its kernels run in its interpreter, on CPU tensors.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from qarl.cli import compose
 from qarl.config import RunConfig
