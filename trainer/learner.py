@@ -99,18 +99,18 @@ class Learner:
         seconds = dict.fromkeys(("forward", "backward", "optimizer"), 0.0)
         sums = []
         for i, batch in enumerate(micro_batches):
-            started = time.perf_counter()
+            started = self._now()
             loss, batch_sums = self._loss(batch, n_sequences, n_tokens)
             sums.append(batch_sums)
-            seconds["forward"] += time.perf_counter() - started
-            started = time.perf_counter()
+            seconds["forward"] += self._now() - started
+            started = self._now()
             self.engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
             # DeepSpeed averages over ranks; the loss is normalised by global counts already, so it has to be the sum.
             self.engine.backward(loss * self.world, scale_wrt_gas=False)
-            seconds["backward"] += time.perf_counter() - started
-        started = time.perf_counter()
+            seconds["backward"] += self._now() - started
+        started = self._now()
         lr = self._step()
-        seconds["optimizer"] = time.perf_counter() - started
+        seconds["optimizer"] = self._now() - started
         return UpdateStats(self._over_ranks(combine(sums)), self._grad_norm, lr, seconds)
 
     def publish(self, version: int, n_tiles: int) -> WeightUpdate | None:
@@ -139,6 +139,12 @@ class Learner:
             if "step" in parameter_state:  # AdamW's own count, for its bias correction: a tensor or an int
                 parameter_state["step"] = parameter_state["step"] * 0 + self.updates
         self.aligned.invalidate()
+
+    def _now(self) -> float:
+        """Seconds, once the device has done all it was given: a GPU's work outlasts the call that starts it."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
     def _shards(self) -> Shards:
         return Shards(dict(self.model.named_parameters()), self.optimizer, self.engine.optimizer)
