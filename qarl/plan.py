@@ -29,7 +29,7 @@ class Memory:
     gathered: float
     """The largest decoder layer, whole, in the model's dtype: what ZeRO-3 holds while it computes."""
     codes: float
-    """Published codes on their way to the engine."""
+    """Published codes on their way to the engine; below ZeRO-3 also those that the learner computes with, kept for a step."""
     engine: float
     kv_cache: float
 
@@ -58,10 +58,18 @@ def learner_memory(config: RunConfig, shapes: dict[str, tuple[int, ...]]) -> Mem
         masters=(4 if width == 2 else 0) * share(1),
         moments=MOMENTS[config.learner.optimizer.name] * share(1),
         gathered=width * max(layers.values(), default=0) / GB if zero == 3 else 0.0,
-        codes=engine_weights(config, shapes) / max(len(layers), 1),
+        codes=engine_weights(config, shapes) / max(len(layers), 1) + _kept_codes(config, shapes),
         engine=0.0,
         kv_cache=0.0,
     )
+
+
+def _kept_codes(config: RunConfig, shapes: dict[str, tuple[int, ...]]) -> float:
+    """Gigabytes of the codes that the aligned forward keeps from one optimizer step to the next."""
+    if config.learner.zero == 3 or config.learner.backend == "none":
+        return 0.0
+    format = formats.get(config.rollout.format)
+    return sum(math.prod(s) * format.bits_per_weight(s) for n, s in shapes.items() if format.covers(n, s)) / 8 / GB
 
 
 def engine_weights(config: RunConfig, shapes: dict[str, tuple[int, ...]]) -> float:

@@ -58,3 +58,13 @@ def test_a_plan_says_what_passes_through_host_memory_and_what_it_leaves_out(comp
 def test_a_group_that_does_not_fit_the_architecture_is_refused(composed):
     with pytest.raises(ConfigError, match="rollout.format: 'w4a16' needs input features divisible by 128"):
         plan(composed("recipe=quickstart", "rollout.format=w4a16", "model.pocket.hidden_size=96"))
+
+
+def test_below_zero_3_the_learner_keeps_the_codes_it_computes_with(composed):
+    def codes(*overrides):
+        config = composed(TARGET, *overrides)
+        return learner_memory(config, shapes(config)).codes
+
+    whole = 48 * (2048 * (4096 + 512 + 512) + 4096 * 2048 + 128 * 3 * 768 * 2048) * (4 + 16 / 128) / 8 / 1e9
+    assert codes("learner.zero=2") - codes() == pytest.approx(whole)
+    assert codes("learner.zero=2", "learner.backend=none") == codes()
