@@ -1,65 +1,102 @@
-"""Which kernel computes a format, and by which backend on this machine. What cannot run is refused by name.
+"""Which module computes a format by which backend, and what runs on this machine. What cannot run is refused by name.
 
-`bf16` has no kernel: callers ask `QuantFormat.quantizes` first and use `F.linear`.
+`bf16` has none: callers ask `QuantFormat.quantizes` first and use `F.linear`.
 """
 
 from __future__ import annotations
 
+from functools import cache
+from importlib import import_module
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from qarl.errors import ConfigError
-from qarl.kernels import w4a16, w8a8_fp8, w8a8_int8
 
 Codes = dict[str, Tensor]
 
-
-class Kernel(Protocol):
-    """The functions every format's module offers; what they mean stands in each module."""
-
-    BACKENDS: tuple[str, ...]
-
-    def quantize(self, weight: Tensor, group: int | None) -> Codes: ...
-    def dequantize(self, codes: Codes, group: int | None, dtype: torch.dtype) -> Tensor: ...
-    def prepare(self, codes: Codes, group: int | None, backend: str, dtype: torch.dtype) -> Any: ...
-    def product(self, x: Tensor, prepared: Any, bias: Tensor | None) -> Tensor: ...
-    def refusal(self, backend: str, device_type: str, dtype: torch.dtype) -> str | None: ...
+BACKENDS = ("engine", "fused", "emulated")
+"""In the order in which `auto` prefers them."""
 
 
-_KERNELS = {"w8a8_int8": w8a8_int8, "w8a8_fp8": w8a8_fp8, "w4a16": w4a16, "w4a16_g32": w4a16}
+class Backend(Protocol):
+    """The functions of every module: one module for each format and backend. Shapes: N output, K input features."""
+
+    def quantize(self, weight: Tensor, group: int | None = None) -> Codes:
+        """weight [N, K], or experts [E, N, K]; cast to bfloat16 first. The same bits in every backend."""
+
+    def dequantize(self, codes: Codes, group: int | None, dtype: torch.dtype) -> Tensor:
+        """Ŵ, in the weight's shape. The same bits in every backend."""
+
+    def prepare(self, codes: Codes, group: int | None, dtype: torch.dtype) -> Any:
+        """The operand of the products, of a matrix or of experts, for inputs of `dtype`."""
+
+    def product(self, x: Tensor, operand: Any, bias: Tensor | None = None) -> Tensor:
+        """x [M, K] -> [M, N] in x's dtype. M may be 0."""
+
+    def grouped_product(self, x: Tensor, operand: Any, offsets: Tensor, row_weights: Tensor | None = None) -> Tensor:
+        """x [M, K] sorted by expert -> [M, N]. offsets [E], integers: where each expert's rows end; rows after the last
+        come out 0. row_weights [M] float32 multiply the rows of the result."""
+
+    def refusal(self, device_type: str, dtype: torch.dtype) -> str | None:
+        """Why it does not run on that device here for inputs of `dtype`; `None` where it does."""
 
 
-def kernel(format_name: str) -> Kernel:
-    """The module that computes a format. Raises `ConfigError` for one that has none (`bf16` among them)."""
-    if format_name not in _KERNELS:
-        raise ConfigError(f"rollout.format: {format_name!r} has no kernel; those that have one: {sorted(_KERNELS)}")
-    return cast(Kernel, _KERNELS[format_name])
+_DEFINITIONS = {"w8a8_int8": "w8a8_int8", "w8a8_fp8": "w8a8_fp8", "w4a16": "w4a16", "w4a16_g32": "w4a16"}
+_SUFFIX = {"engine": "_engine", "fused": "_fused", "emulated": ""}
+_MARLIN = "vLLM's Marlin takes 1.8 times as long as bf16 at a learner's sizes; 'fused' computes Marlin's values"
+
+
+@cache
+def load(format_name: str, backend: str) -> Backend:
+    """The module. Raises `ConfigError` for a format that has none (`bf16` among them), or not by that backend."""
+    if format_name not in _DEFINITIONS:
+        raise ConfigError(f"rollout.format: {format_name!r} has no kernel; those that have one: {sorted(_DEFINITIONS)}")
+    definition = _DEFINITIONS[format_name]
+    if backend not in _SUFFIX:
+        raise ConfigError(f"learner.backend: {backend!r} is no backend of {format_name}; choices: {list(BACKENDS)}")
+    if (definition, backend) == ("w4a16", "engine"):
+        raise ConfigError(f"learner.backend: {format_name} has no backend 'engine': {_MARLIN}")
+    return cast(Backend, import_module(f"qarl.kernels.{definition}{_SUFFIX[backend]}"))
+
+
+def quantizer(format_name: str, device_type: str) -> Backend:
+    """The module to quantize and dequantize with on that device: the fastest, since all give the same bits."""
+    return load(format_name, "fused" if device_type == "cuda" else "emulated")
 
 
 def backends(format_name: str, device_type: str, dtype: torch.dtype) -> dict[str, str | None]:
-    """Backend -> `None` where it runs here, on that device and for inputs of `dtype`, else the reason. Asking about
-    `engine` imports vLLM."""
-    module = kernel(format_name)
-    return {name: module.refusal(name, device_type, dtype) for name in module.BACKENDS}
+    """Backend -> `None` where it runs here, on that device and for inputs of `dtype`, else the reason. Asking imports
+    vLLM and Triton."""
+    return {name: _refusal(format_name, name, device_type, dtype) for name in BACKENDS}
 
 
-def choose(format_name: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
-    """The backend to use: the one asked for; for `auto`, `engine` where it runs, else `emulated`.
+def choose(format_name: str, requested: str, device_type: str, dtype: torch.dtype) -> str:
+    """The backend to use: the one asked for; for `auto`, the first of `BACKENDS` that runs.
 
     Raises `ConfigError` naming `learner.backend` where the one asked for does not run.
     """
-    module = kernel(format_name)
-    if backend == "auto":
-        runs = "engine" in module.BACKENDS and module.refusal("engine", device_type, dtype) is None
-        return "engine" if runs else "emulated"
-    known_here = backend in module.BACKENDS
-    reason = module.refusal(backend, device_type, dtype) if known_here else "the format has no such backend"
+    if requested == "auto":
+        # Elsewhere Triton is left alone: its interpreter runs there, a thousand times slower than the definition.
+        names = BACKENDS if device_type == "cuda" else ("engine", "emulated")
+        return next(name for name in names if _refusal(format_name, name, device_type, dtype) is None)
+    reason = _refusal(format_name, requested, device_type, dtype)
     if reason is not None:
         known = backends(format_name, device_type, dtype)
         choices = ["auto", *sorted(name for name, why in known.items() if why is None)]
         raise ConfigError(
-            f"learner.backend: {backend!r} does not run {format_name} on {device_type} in {dtype} ({reason}); choices: {choices}"
+            f"learner.backend: {requested!r} does not run {format_name} on {device_type} in {dtype} ({reason}); choices: {choices}"
         )
-    return backend
+    return requested
+
+
+def _refusal(format_name: str, backend: str, device_type: str, dtype: torch.dtype) -> str | None:
+    if backend not in BACKENDS:
+        return "there is no such backend"
+    if _DEFINITIONS.get(format_name) == "w4a16" and backend == "engine":
+        return _MARLIN
+    try:
+        return load(format_name, backend).refusal(device_type, dtype)
+    except ModuleNotFoundError as missing:
+        return f"{missing.name} is not there"

@@ -18,3 +18,14 @@ def rescale(acc: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, 
         return (y * x_scale).to(dtype)
     # A product of two float32 is exact in float64, so this rounds where an FMA does (double rounding: 2^-29 of cases).
     return torch.addcmul(bias.double(), y.double(), x_scale.double()).float().to(dtype)
+
+
+def rescale_experts(
+    acc: Tensor, x_scale: Tensor, w_scale: Tensor, row_weights: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """y [M, N] = acc · x_scale · w_scale · row_weights in float32, rounded once to `dtype`. Shapes as in `rescale`.
+
+    row_weights [M] float32. The order is that of vLLM's `fused_moe_kernel`: here the input's scale comes first.
+    """
+    y = acc * x_scale * w_scale.squeeze(-1)
+    return (y if row_weights is None else y * row_weights[:, None]).to(dtype)

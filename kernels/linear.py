@@ -1,16 +1,18 @@
 """The aligned forward for autograd: y = lowbit(x, quantize(W)); dX = dY · Ŵ, dW = dYᵀ · X, Ŵ the dequantized weight.
 
-Gradients pass the rounding of weights and inputs as if it were not there (straight-through estimator). Only x and the
-*parameter* are saved: Ŵ is made again in the backward, so that ZeRO-3 can release the weight in between.
+Gradients pass the rounding of weights and inputs as if it were not there (straight-through estimator). x is saved, and the
+codes where the caller keeps them, else the *parameter*: Ŵ is made again in the backward, so that no second copy of the
+model exists and ZeRO-3 can release the weight in between.
 
-    arithmetic = Arithmetic(kernel("w8a8_int8"), group=None, backend="engine", dtype=torch.float32)
+    arithmetic = Arithmetic("w8a8_int8", group=None, backend="engine", dtype=torch.float32)
     prepared = arithmetic.prepare(weight)        # once per version of the weight, to be cached by the caller
     y = aligned_linear(x, weight, bias, arithmetic, prepared)
+
+`torch.compile` does not trace these functions: it breaks its graph before them and calls them as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,72 +20,93 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qarl.kernels.dispatch import Kernel
+from qarl.kernels.dispatch import Backend, Codes, load
+from qarl.kernels.routing import clear_after, spans, weigh
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One version of a weight: its codes, and the operand that the backend's products take (views of them, if it can)."""
+
+    codes: Codes
+    operand: Any
 
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """A format's kernel with everything it is computed by."""
+    """How a format's products are computed."""
 
-    kernel: Kernel
+    format_name: str
     group: int | None
     backend: str
     """A concrete one, from `dispatch.choose`."""
     dtype: torch.dtype
     """Of inputs and outputs."""
 
-    @torch.no_grad()
-    def prepare(self, weight: Tensor) -> Any:
-        """Quantized and laid out for the product: a matrix [N, K] gives one object, experts [E, N, K] a list of E."""
-        codes = self.kernel.quantize(weight, self.group)
-        if weight.dim() == 2:
-            return self.kernel.prepare(codes, self.group, self.backend, self.dtype)
-        experts = ({part: tensor[e] for part, tensor in codes.items()} for e in range(len(weight)))
-        return [self.kernel.prepare(each, self.group, self.backend, self.dtype) for each in experts]
+    @property
+    def module(self) -> Backend:
+        return load(self.format_name, self.backend)
 
     @torch.no_grad()
-    def on_grid(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    def prepare(self, weight: Tensor) -> Prepared:
+        """weight [N, K], or packed experts [E, N, K]."""
+        codes = self.quantize(weight)
+        return Prepared(codes, self.module.prepare(codes, self.group, self.dtype))
+
+    @torch.no_grad()
+    def quantize(self, weight: Tensor) -> Codes:
+        return self.module.quantize(weight, self.group)
+
+    @torch.no_grad()
+    def dequantize(self, codes: Codes, dtype: torch.dtype) -> Tensor:
         """Ŵ: the weight as the forward sees it."""
-        return self.kernel.dequantize(self.kernel.quantize(weight, self.group), self.group, dtype)
+        return self.module.dequantize(codes, self.group, dtype)
 
 
+@torch.compiler.disable
 def aligned_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, arithmetic: Arithmetic, prepared: Any | None = None
+    x: Tensor, weight: Tensor, bias: Tensor | None, arithmetic: Arithmetic, prepared: Prepared | None = None
 ) -> Tensor:
     """y [*, N] from x [*, K], weight [N, K], bias [N]. `prepared`: of this very weight; `None`: made here."""
     return _AlignedLinear.apply(x, weight, bias, arithmetic, prepared)
 
 
+@torch.compiler.disable
 def aligned_experts(
-    x: Tensor, weight: Tensor, offsets: Tensor, arithmetic: Arithmetic, prepared: list[Any] | None = None
+    x: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    arithmetic: Arithmetic,
+    prepared: Prepared | None = None,
+    row_weights: Tensor | None = None,
 ) -> Tensor:
     """y [M, N] from x [M, K] whose rows are sorted by expert, and packed weight [E, N, K].
 
     offsets [E], integers: where the rows of each expert end (as in `torch._grouped_mm` and transformers' experts). Rows
     after the last belong to no expert; they and their gradients are zero. An expert without rows has a zero gradient.
+    row_weights [M] float32, the router's: they multiply the rows of y.
     """
-    return _AlignedExperts.apply(x, weight, offsets, arithmetic, prepared)
+    return _AlignedExperts.apply(x, weight, offsets, arithmetic, prepared, row_weights)
 
 
 class _AlignedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, arithmetic: Arithmetic, prepared: Any | None
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, arithmetic: Arithmetic, prepared: Prepared | None
     ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.arithmetic = arithmetic
-        prepared = arithmetic.prepare(weight) if prepared is None else prepared
-        y = arithmetic.kernel.product(x.reshape(-1, x.shape[-1]), prepared, bias)
-        return y.view(*x.shape[:-1], -1) if x.numel() else y.new_empty(*x.shape[:-1], len(weight))
+        _save(ctx, arithmetic, prepared, weight, x)
+        operand = (prepared or arithmetic.prepare(weight)).operand
+        y = arithmetic.module.product(x.reshape(-1, x.shape[-1]), operand, bias)
+        return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        (x,), codes = _saved(ctx)
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         rows = dy.reshape(-1, dy.shape[-1])
-        dx = dy @ ctx.arithmetic.on_grid(weight, dy.dtype) if needs_x else None
-        dw = (rows.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype) if needs_weight else None
+        dx = dy @ ctx.arithmetic.dequantize(codes(), dy.dtype) if needs_x else None
+        dw = (rows.t() @ x.reshape(-1, x.shape[-1])).to(ctx.weight_dtype) if needs_weight else None
         return dx, dw, rows.sum(0) if needs_bias else None, None, None
 
 
@@ -95,35 +118,64 @@ class _AlignedExperts(torch.autograd.Function):
         weight: Tensor,
         offsets: Tensor,
         arithmetic: Arithmetic,
-        prepared: list | None,
+        prepared: Prepared | None,
+        row_weights: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, offsets)
-        ctx.arithmetic = arithmetic
-        prepared = arithmetic.prepare(weight) if prepared is None else prepared
-        y = x.new_zeros(len(x), weight.shape[1])
-        for expert, rows in _spans(offsets):
-            y[rows] = arithmetic.kernel.product(x[rows], prepared[expert], None)
-        return y
+        _save(ctx, arithmetic, prepared, weight, x, offsets, row_weights)
+        operand = (prepared or arithmetic.prepare(weight)).operand
+        return arithmetic.module.grouped_product(x, operand, offsets, row_weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, offsets = ctx.saved_tensors
-        needs_x, needs_weight, *_ = ctx.needs_input_grad
-        dx = torch.zeros_like(x) if needs_x else None
-        dw = torch.zeros_like(weight) if needs_weight else None
-        for expert, rows in _spans(offsets):
-            if dx is not None:
-                dx[rows] = dy[rows] @ ctx.arithmetic.on_grid(weight[expert], dy.dtype)
-            if dw is not None:
-                dw[expert] = dy[rows].t() @ x[rows]
-        return dx, dw, None, None, None
+        """With router weights w: dX = w · (dY Ŵ), dW = dYᵀ · (w X), dw = ⟨dY Ŵ, X⟩ of each row."""
+        (x, offsets, row_weights), codes = _saved(ctx)
+        needs_x, needs_weight, *_, needs_row_weights = ctx.needs_input_grad
+        dy = dy.contiguous()
+        dx = dw = d_row_weights = None
+        if needs_x or needs_row_weights:
+            dx = rows_by_experts(dy, ctx.arithmetic.dequantize(codes(), dy.dtype), offsets)
+        if row_weights is not None:
+            dx, x, d_row_weights = weigh(x if dx is None else dx, x, row_weights)
+        if needs_weight:
+            dw = experts_of_rows(dy, x, offsets).to(ctx.weight_dtype)
+        return dx if needs_x else None, dw, None, None, None, d_row_weights if needs_row_weights else None
 
 
-def _spans(offsets: Tensor) -> Iterator[tuple[int, slice]]:
-    """(expert, its rows) of the experts that have any. Waits for the device: the loop is on the host."""
-    start = 0
-    for expert, end in enumerate(offsets.tolist()):
-        if end > start:
-            yield expert, slice(start, end)
-        start = end
+def rows_by_experts(rows: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
+    """[M, K]: each of `rows` [M, N] times its expert's matrix [E, N, K]; 0 for rows after the last offset."""
+    if _has_grouped_mm(rows, matrices.shape[-1]):
+        return clear_after(torch._grouped_mm(rows, matrices, offs=offsets.to(torch.int32)), offsets)
+    y = rows.new_zeros(len(rows), matrices.shape[-1])
+    for expert, own in spans(offsets):
+        y[own] = rows[own] @ matrices[expert]
+    return y
+
+
+def experts_of_rows(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+    """[E, N, K]: aᵀ · b over the rows of each expert; a [M, N], b [M, K]. 0 for an expert without rows."""
+    if _has_grouped_mm(a, b.shape[-1]):
+        # The rows are the dimension that is summed over. With `a` transposed in place and `b` as it lies, groups may
+        # have any number of rows (the other layouts need multiples of 8), and Hopper writes 0 for one that has none.
+        return torch._grouped_mm(a.t(), b.contiguous(), offs=offsets.to(torch.int32))
+    y = a.new_zeros(len(offsets), a.shape[-1], b.shape[-1])
+    for expert, own in spans(offsets):
+        y[expert] = a[own].t() @ b[own]
+    return y
+
+
+def _has_grouped_mm(rows: Tensor, n_features: int) -> bool:
+    """Whether torch's product runs, which asks for rows of whole 16 bytes. The loop that is left waits for the device."""
+    return rows.is_cuda and rows.dtype == torch.bfloat16 and rows.shape[-1] % 8 == n_features % 8 == 0 and len(rows) > 0
+
+
+def _save(ctx: Any, arithmetic: Arithmetic, prepared: Prepared | None, weight: Tensor, *tensors: Tensor | None) -> None:
+    ctx.save_for_backward(*tensors, weight if prepared is None else None)
+    ctx.arithmetic, ctx.weight_dtype = arithmetic, weight.dtype
+    ctx.codes = None if prepared is None else prepared.codes
+
+
+def _saved(ctx: Any) -> tuple[list[Tensor], Any]:
+    """What `_save` was given, and a function that returns the weight's codes."""
+    *tensors, weight = ctx.saved_tensors
+    return tensors, lambda: ctx.arithmetic.quantize(weight) if ctx.codes is None else ctx.codes

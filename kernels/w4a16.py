@@ -3,6 +3,9 @@
 A dequantized weight is bf16(code) · bf16(scale) rounded to bfloat16, whatever the inputs' dtype: so do Marlin (GPU) and
 vLLM's `cpu_gemm_wna16` (CPU; read off it with an identity input, equal bit for bit). The latter takes 16-bit inputs
 only, so a float32 learner on CPU has no engine to equal: it multiplies the same bfloat16 values in float32.
+
+This is the definition and the backend `emulated`. Every division is by a tensor: on CUDA torch multiplies by the
+reciprocal of a Python number, which is another float now and then.
 """
 
 from __future__ import annotations
@@ -13,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qarl.kernels.routing import spans
+
 Codes = dict[str, Tensor]
-BACKENDS = ("emulated",)
 
 _PER_WORD = 8
 """Codes in one int32."""
@@ -30,7 +34,8 @@ def quantize(weight: Tensor, group: int | None) -> Codes:
     """
     n_groups = _groups(weight.shape[-1], group)
     w = weight.to(torch.bfloat16).unflatten(-1, (n_groups, -1))
-    scale = w.abs().amax(-1, keepdim=True) / 7.5
+    absmax = w.abs().amax(-1, keepdim=True)
+    scale = absmax / absmax.new_full((), 7.5)
     scale = torch.where(scale == 0, 1.0, scale)
     codes = (w / scale).round().clamp(-8, 7).to(torch.int8)
     return {"weight_packed": pack(codes.flatten(-2)), "weight_scale": scale.squeeze(-1)}
@@ -56,25 +61,41 @@ def unpack(packed: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Emulated:
-    weight: Tensor
-    """[N, K] dequantized, in the inputs' dtype."""
+class Operand:
+    """Codes, dequantized anew in every product: a 16-bit copy kept of each would be a second model."""
+
+    codes: Codes
+    group: int | None
+
+    def matrix(self, dtype: torch.dtype, expert: int | None = None) -> Tensor:
+        codes = self.codes if expert is None else {part: tensor[expert] for part, tensor in self.codes.items()}
+        return dequantize(codes, self.group, dtype)
 
 
-def prepare(codes: Codes, group: int | None, backend: str, dtype: torch.dtype) -> _Emulated:
-    """A matrix's codes as `product` wants them, for inputs of `dtype`. Raises `ValueError` for another backend."""
-    if backend not in BACKENDS:
-        raise ValueError(f"w4a16 has no backend {backend!r}; choices: {sorted(BACKENDS)}")
-    return _Emulated(dequantize(codes, group, dtype))
+def prepare(codes: Codes, group: int | None, dtype: torch.dtype) -> Operand:
+    """Codes as the products want them. A matrix, or E experts [E, N, K/8]."""
+    return Operand(codes, group)
 
 
-def product(x: Tensor, prepared: _Emulated, bias: Tensor | None = None) -> Tensor:
+def product(x: Tensor, operand: Operand, bias: Tensor | None = None) -> Tensor:
     """y [M, N] in x's dtype, from x [M, K] and bias [N]. M may be 0."""
-    return F.linear(x, prepared.weight, bias)
+    return F.linear(x, operand.matrix(x.dtype), bias)
 
 
-def refusal(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """Why `backend` does not run on that device here for inputs of `dtype`; `None` where it does."""
+def grouped_product(x: Tensor, operand: Operand, offsets: Tensor, row_weights: Tensor | None = None) -> Tensor:
+    """y [M, N] in x's dtype, from x [M, K] with rows sorted by expert, `offsets` [E] where those of each end.
+
+    Rows after the last offset are 0. `row_weights` [M] float32: as in Marlin, weight and product are each rounded to x's
+    dtype before they are multiplied.
+    """
+    y = x.new_zeros(len(x), operand.codes["weight_packed"].shape[1])
+    for expert, rows in spans(offsets):
+        y[rows] = F.linear(x[rows], operand.matrix(x.dtype, expert))
+    return y if row_weights is None else y * row_weights.to(y.dtype)[:, None]
+
+
+def refusal(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why it does not run on that device for inputs of `dtype`: it always does."""
     return None
 
 

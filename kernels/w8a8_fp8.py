@@ -1,20 +1,19 @@
 """w8a8_fp8: e4m3 weights per output channel, e4m3 inputs per token; products are summed in float32.
 
-One backend, `emulated`: plain torch. A tensor core sums in another order, and in fewer bits on some generations, so
-equality with an engine is to rounding, not to the bit.
+This is the definition and the backend `emulated`: plain torch. A tensor core sums in another order, and in fewer bits on
+some generations, so equality with an engine is to rounding, not to the bit. Every division is by a tensor: on CUDA torch
+multiplies by the reciprocal of a Python number, which is another float now and then.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from qarl.kernels.epilogue import rescale
+from qarl.kernels.epilogue import rescale, rescale_experts
+from qarl.kernels.routing import spans
 
 Codes = dict[str, Tensor]
-BACKENDS = ("emulated",)
 
 _MAX = 448.0
 _MIN_SCALE = 1 / (_MAX * 512)
@@ -28,7 +27,8 @@ def quantize(weight: Tensor, group: int | None = None) -> Codes:
     """
     _no_group(group)
     w = weight.to(torch.bfloat16).float()
-    scale = w.abs().amax(-1, keepdim=True) / _MAX
+    absmax = w.abs().amax(-1, keepdim=True)
+    scale = absmax / absmax.new_full((), _MAX)
     scale = torch.where(scale == 0, 1.0, scale)
     return {"weight": _to_e4m3(w / scale), "weight_scale": scale}
 
@@ -47,33 +47,41 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     by the reciprocal, which differs in ties). A row with NaN or inf comes out NaN; no other row is touched.
     """
     x = x.float()
-    scale = (x.abs().amax(-1, keepdim=True) / _MAX).clamp_min(_MIN_SCALE)
+    absmax = x.abs().amax(-1, keepdim=True)
+    scale = (absmax / absmax.new_full((), _MAX)).clamp_min(_MIN_SCALE)
     return _to_e4m3(x / scale), scale
 
 
-@dataclass(frozen=True)
-class _Emulated:
-    weight: Tensor
-    """float32 [K, N]: codes."""
-    scale: Tensor
-
-
-def prepare(codes: Codes, group: int | None, backend: str, dtype: torch.dtype) -> _Emulated:
-    """A matrix's codes as `product` wants them. Raises `ValueError` for another backend."""
+def prepare(codes: Codes, group: int | None, dtype: torch.dtype) -> Codes:
+    """Codes as the products want them: as they are. A matrix, or E experts [E, N, K]."""
     _no_group(group)
-    if backend not in BACKENDS:
-        raise ValueError(f"w8a8_fp8 has no backend {backend!r}; choices: {sorted(BACKENDS)}")
-    return _Emulated(codes["weight"].float().t(), codes["weight_scale"])
+    return codes
 
 
-def product(x: Tensor, prepared: _Emulated, bias: Tensor | None = None) -> Tensor:
+def product(x: Tensor, operand: Codes, bias: Tensor | None = None) -> Tensor:
     """y [M, N] in x's dtype, from x [M, K] (quantized here, per token) and bias [N]. M may be 0."""
     codes, scale = quantize_tokens(x)
-    return rescale(codes.float() @ prepared.weight, scale, prepared.scale, bias, x.dtype)
+    acc = codes.float() @ operand["weight"].float().t()
+    return rescale(acc, scale, operand["weight_scale"], bias, x.dtype)
 
 
-def refusal(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """Why `backend` does not run on that device here for inputs of `dtype`; `None` where it does."""
+def grouped_product(x: Tensor, operand: Codes, offsets: Tensor, row_weights: Tensor | None = None) -> Tensor:
+    """y [M, N] in x's dtype, from x [M, K] with rows sorted by expert, `offsets` [E] where those of each end.
+
+    Rows after the last offset are 0. `row_weights` [M] float32 multiply the result before it is rounded.
+    """
+    weight, w_scale = operand["weight"], operand["weight_scale"]
+    y = x.new_zeros(len(x), weight.shape[1])
+    codes, x_scale = quantize_tokens(x)
+    for expert, rows in spans(offsets):
+        acc = codes[rows].float() @ weight[expert].float().t()
+        weights = None if row_weights is None else row_weights[rows]
+        y[rows] = rescale_experts(acc, x_scale[rows], w_scale[expert], weights, x.dtype)
+    return y
+
+
+def refusal(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why it does not run on that device for inputs of `dtype`: it always does."""
     return None
 
 

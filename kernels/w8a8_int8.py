@@ -1,24 +1,18 @@
 """w8a8_int8: int8 weights per output channel, int8 inputs per token, both symmetric; the product is a sum of integers.
 
-`emulated` is the definition: the exact integer sum. `engine` calls vLLM's own CPU op (oneDNN), which is that exact sum
-where the CPU has VNNI (results are then equal bit for bit, given AVX512_BF16; vLLM's other builds round the last step
-otherwise), and saturates int16 pairs where it has not: 3.4 % off, which is why a learner has to call it.
+This is the definition and the backend `emulated`: plain torch, on any device the exact integer sum. Every division is by
+a tensor: on CUDA torch multiplies by the reciprocal of a Python number, which is another float now and then.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from qarl.kernels.epilogue import rescale
+from qarl.kernels.epilogue import rescale, rescale_experts
+from qarl.kernels.routing import spans
 
 Codes = dict[str, Tensor]
-BACKENDS = ("engine", "emulated")
 
 #: Largest K whose sum of 127·127 products stays below 2^24, the integers that float32 holds without a gap.
 _FLOAT32_EXACT_K = 1040
@@ -32,7 +26,8 @@ def quantize(weight: Tensor, group: int | None = None) -> Codes:
     """
     _no_group(group)
     w = weight.to(torch.bfloat16).float()
-    scale = w.abs().amax(-1, keepdim=True) / 127
+    absmax = w.abs().amax(-1, keepdim=True)
+    scale = absmax / absmax.new_full((), 127)
     scale = torch.where(scale == 0, 1.0, scale)
     return {"weight": (w / scale).round().clamp(-127, 127).to(torch.int8), "weight_scale": scale}
 
@@ -47,108 +42,59 @@ def dequantize(codes: Codes, group: int | None, dtype: torch.dtype) -> Tensor:
 def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [M, K] -> codes int8 [M, K], scale float32 [M, 1] = absmax/127: vLLM's dynamic per-token op, bit for bit.
 
-    code = round_half_even(x · (1/scale)), saturated to -128…127 (1/scale is inf for rows below 4e-37), 0 where that is
-    NaN. A zero row gets scale 0; a row with inf gets scale inf, so it comes out NaN. So does a row with NaN, whose
-    scale is NaN here; vLLM's op may lose a NaN instead (it depends on where in the row it stands).
+    code = round_half_even(x · inverse), saturated to -128…127, 0 where that is NaN. inverse = 127/absmax on CUDA,
+    1/scale elsewhere: vLLM's op of each device (they differ in ties; inf for rows below 4e-37). A zero row gets scale 0;
+    a row with inf gets scale inf, one with NaN gets NaN: both come out NaN. (vLLM's op may lose a NaN, depending on where
+    in the row it stands.)
     """
     x = x.float()
-    scale = x.abs().amax(-1, keepdim=True) / 127
-    return (x * (1 / scale)).round_().clamp_(-128, 127).nan_to_num_(0).to(torch.int8), scale
+    absmax = x.abs().amax(-1, keepdim=True)
+    limit = absmax.new_full((), 127)
+    scale = absmax / limit
+    inverse = limit / absmax if x.is_cuda else 1 / scale
+    return (x * inverse).round_().clamp_(-128, 127).nan_to_num_(0).to(torch.int8), scale
 
 
-@dataclass(frozen=True)
-class _Emulated:
-    weight: Tensor
-    """[K, N], codes in the dtype in which their products are summed exactly."""
-    scale: Tensor
-
-
-@dataclass(frozen=True)
-class _Engine:
-    handler: Any
-    """oneDNN's prepacked weight. It points into the two tensors below, so they must live as long as it does."""
-    scale: Tensor
-    azp_adj: Tensor
-
-
-def prepare(codes: Codes, group: int | None, backend: str, dtype: torch.dtype) -> _Emulated | _Engine:
-    """A matrix's codes as `product` wants them, for inputs of `dtype`. Raises `ValueError` for another backend."""
+def prepare(codes: Codes, group: int | None, dtype: torch.dtype) -> Codes:
+    """Codes as the products want them: as they are. A matrix, or E experts [E, N, K]."""
     _no_group(group)
-    weight, scale = codes["weight"], codes["weight_scale"]
-    if backend == "emulated":
-        return _Emulated(weight.to(_exact_dtype(weight)).t(), scale)
-    if backend == "engine":
-        return _prepare_engine(weight, scale.contiguous(), dtype)
-    raise ValueError(f"w8a8_int8 has no backend {backend!r}; choices: {sorted(BACKENDS)}")
+    return codes
 
 
-def product(x: Tensor, prepared: _Emulated | _Engine, bias: Tensor | None = None) -> Tensor:
+def product(x: Tensor, operand: Codes, bias: Tensor | None = None) -> Tensor:
     """y [M, N] in x's dtype, from x [M, K] (quantized here, per token) and bias [N]. M may be 0."""
-    if isinstance(prepared, _Engine):
-        return _product_engine(x, prepared, bias)
     codes, scale = quantize_tokens(x)
-    if prepared.weight.dtype == torch.int8 and len(codes):
-        acc = torch._int_mm(codes, prepared.weight)
-    else:
-        acc = codes.to(prepared.weight.dtype) @ prepared.weight
-    return rescale(acc.float(), scale, prepared.scale, bias, x.dtype)
+    return rescale(_exact_sum(codes, operand["weight"]), scale, operand["weight_scale"], bias, x.dtype)
 
 
-def refusal(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """Why `backend` does not run on that device here for inputs of `dtype`; `None` where it does."""
-    if backend != "engine":
-        return None
-    if reason := _engine_refusal(device_type):
-        return reason
-    if torch.cpu._is_amx_tile_supported() and dtype != torch.float32:
-        # In float32 vLLM is left with oneDNN: its AMX kernel takes 16-bit inputs only.
-        return f"vLLM computes {dtype} with another kernel on a CPU with AMX, which is not wired up"
+def grouped_product(x: Tensor, operand: Codes, offsets: Tensor, row_weights: Tensor | None = None) -> Tensor:
+    """y [M, N] in x's dtype, from x [M, K] with rows sorted by expert, `offsets` [E] where those of each end.
+
+    Rows after the last offset are 0. `row_weights` [M] float32 multiply the result before it is rounded.
+    """
+    weight, w_scale = operand["weight"], operand["weight_scale"]
+    y = x.new_zeros(len(x), weight.shape[1])
+    codes, x_scale = quantize_tokens(x)
+    for expert, rows in spans(offsets):
+        acc = _exact_sum(codes[rows], weight[expert])
+        weights = None if row_weights is None else row_weights[rows]
+        y[rows] = rescale_experts(acc, x_scale[rows], w_scale[expert], weights, x.dtype)
+    return y
+
+
+def refusal(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why it does not run on that device for inputs of `dtype`: it always does."""
     return None
 
 
-def _exact_dtype(weight: Tensor) -> torch.dtype:
-    """The quickest dtype in which a product with int8 codes is the exact sum on this device."""
-    if weight.device.type == "cpu" and torch.cpu._is_vnni_supported():
-        return torch.int8  # torch._int_mm; without VNNI it saturates
-    return torch.float32 if weight.shape[-1] <= _FLOAT32_EXACT_K else torch.float64
-
-
-@cache
-def _engine_refusal(device_type: str) -> str | None:
-    if device_type != "cpu":
-        return f"vLLM's op is wired up for cpu only, not for {device_type}"
-    if find_spec("vllm") is None:
-        return "vLLM is not installed"
-    # 3 s of CPU in a process that has transformers loaded, 7 s in a bare one. Loading the shared library alone takes
-    # 4 ms, but which of three to load is vLLM's decision, and a second one in a process cannot be loaded.
-    from vllm import _custom_ops as ops
-    from vllm.platforms import current_platform
-
-    if not (ops._supports_onednn and current_platform.is_cpu()):
-        return "this vLLM is not the CPU build with oneDNN"
-    is_zen = getattr(current_platform, "is_zen_cpu", lambda: False)
-    return "vLLM uses zentorch's kernel on this machine, which is not wired up" if is_zen() else None
-
-
-def _prepare_engine(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> _Engine:
-    """The calls of vLLM's `CPUInt8ScaledMMLinearKernel.process_weights_for_onednn`, symmetric and dynamic per token."""
-    if reason := refusal("engine", weight.device.type, dtype):
-        raise ValueError(f"w8a8_int8 cannot use backend 'engine': {reason}")
-    from vllm import _custom_ops as ops
-
-    w = weight.t()
-    azp_adj = w.sum(dim=0, keepdim=True, dtype=torch.float32) * scale.squeeze(-1)
-    return _Engine(ops.create_onednn_scaled_mm(w, scale, dtype, True, False, 32), scale, azp_adj)
-
-
-def _product_engine(x: Tensor, prepared: _Engine, bias: Tensor | None) -> Tensor:
-    """The calls of vLLM's `CPUInt8ScaledMMLinearKernel._apply_weights_onednn`."""
-    from vllm import _custom_ops as ops
-
-    codes, scale, zero_point = ops.onednn_scaled_int8_quant(x.contiguous(), None, None, True)
-    y = torch.empty(len(x), prepared.handler.n, dtype=x.dtype)
-    ops.onednn_scaled_mm(prepared.handler, codes, y, scale, zero_point, prepared.azp_adj, bias)
-    return y
+def _exact_sum(x: Tensor, w: Tensor) -> Tensor:
+    """float32 [M, N]: x · wᵀ of int8 codes [M, K] and [N, K], summed exactly, rounded once."""
+    if x.device.type == "cpu" and torch.cpu._is_vnni_supported() and len(x):
+        return torch._int_mm(x, w.t()).float()  # without VNNI it saturates; on CUDA it takes some shapes only
+    # On CUDA float32 products may be set to TF32, so the safe one is taken at any K.
+    small = x.device.type == "cpu" and x.shape[-1] <= _FLOAT32_EXACT_K
+    exact = torch.float32 if small else torch.float64
+    return (x.to(exact) @ w.to(exact).t()).float()
 
 
 def _no_group(group: int | None) -> None:

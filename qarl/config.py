@@ -14,7 +14,7 @@ from qarl.algorithm import Objective, tbpo
 from qarl.errors import ConfigError
 from qarl.records import Sampling
 
-Backend = Literal["auto", "engine", "emulated", "none"]
+Backend = Literal["auto", "engine", "fused", "emulated", "none"]
 
 
 def _require(condition: bool, message: str) -> None:

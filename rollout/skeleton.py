@@ -1,6 +1,6 @@
 """The transformers model as the torch engine holds it: published codes where a format quantizes, plain tensors elsewhere.
 
-There are no masters here. A quantized weight exists only as what `kernel.prepare` makes of its codes, sliced by output
+There are no masters here. A quantized weight exists only as what a backend's `prepare` makes of its codes, sliced by output
 feature, since transformers keeps apart (q, k, v; gate, up) what is published in one piece.
 """
 
@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qarl.formats import QuantFormat, Shape
 from qarl.fusion import engine_name, fuse, fused_shapes
-from qarl.kernels.dispatch import kernel
+from qarl.kernels.dispatch import load
+from qarl.kernels.routing import collect, route, row_weights, spread
 from qarl.rollout.proof import Parts, Spec
 
 
@@ -50,7 +51,7 @@ class Skeleton:
         for name, shape in fused_shapes(self._shapes).items():
             if name in self.covered:
                 blank = torch.empty(shape, dtype=torch.bfloat16, device="meta")
-                codes = kernel(self.format.name).quantize(blank, self.format.group)
+                codes = load(self.format.name, "emulated").quantize(blank, self.format.group)
                 wanted[name] = {part: Spec(code.dtype, tuple(code.shape)) for part, code in codes.items()}
             else:
                 wanted[name] = {"bias" if name.endswith(".bias") else "weight": Spec(self.dtype, shape)}
@@ -97,12 +98,12 @@ class CodeLinear(nn.Module):
 
     def __init__(self, linear: nn.Module, format: QuantFormat, dtype: torch.dtype) -> None:
         super().__init__()
-        self.kernel, self.group, self.dtype = kernel(format.name), format.group, dtype
+        self.kernel, self.group, self.dtype = load(format.name, "emulated"), format.group, dtype
         self.bias: Any = linear.bias
         self.prepared: Any = None
 
     def hold(self, name: str, codes: Mapping[str, Tensor]) -> None:
-        self.prepared = self.kernel.prepare(dict(codes), self.group, "emulated", self.dtype)
+        self.prepared = self.kernel.prepare(dict(codes), self.group, self.dtype)
 
     def columns(self, name: str, one_hot: Tensor) -> Tensor:
         return self.kernel.product(one_hot, self.prepared, None).T.float()
@@ -117,30 +118,29 @@ class CodeExperts(nn.Module):
 
     def __init__(self, experts: Any, format: QuantFormat, dtype: torch.dtype) -> None:
         super().__init__()
-        self.kernel, self.group, self.dtype = kernel(format.name), format.group, dtype
+        self.kernel, self.group, self.dtype = load(format.name, "emulated"), format.group, dtype
         self.act_fn = experts.act_fn
-        self.prepared: dict[str, list[Any]] = {}
-        """`w13` and `w2`: one entry an expert."""
+        self.prepared: dict[str, Any] = {}
+        """`w13` and `w2`: of all experts."""
 
     def hold(self, name: str, codes: Mapping[str, Tensor]) -> None:
-        n_experts = len(next(iter(codes.values())))
-        self.prepared[_leaf(name)] = [
-            self.kernel.prepare({k: v[e] for k, v in codes.items()}, self.group, "emulated", self.dtype)
-            for e in range(n_experts)
-        ]
+        self.n_experts = len(next(iter(codes.values())))
+        self.prepared[_leaf(name)] = self.kernel.prepare(dict(codes), self.group, self.dtype)
 
     def columns(self, name: str, one_hot: Tensor) -> Tensor:
-        return torch.stack([self.kernel.product(one_hot, p, None).T.float() for p in self.prepared[_leaf(name)]])
+        offsets = torch.arange(1, self.n_experts + 1) * len(one_hot)
+        y = self.kernel.grouped_product(one_hot.repeat(self.n_experts, 1), self.prepared[_leaf(name)], offsets)
+        return y.unflatten(0, (self.n_experts, -1)).mT.float()
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden [T, H], top_k_index and top_k_weights [T, k] -> [T, H]."""
-        out = torch.zeros_like(hidden)
-        for expert in top_k_index.unique().tolist():
-            token, place = torch.where(top_k_index == expert)
-            gate, up = self.kernel.product(hidden[token], self.prepared["w13"][expert], None).chunk(2, dim=-1)
-            down = self.kernel.product(self.act_fn(gate) * up, self.prepared["w2"][expert], None)
-            out.index_add_(0, token, (down * top_k_weights[token, place, None]).to(out.dtype))
-        return out
+        to = route(top_k_index, self.n_experts)
+        rows = self.kernel.grouped_product(spread(hidden, to), self.prepared["w13"], to.offsets)
+        gate, up = rows.chunk(2, dim=-1)
+        weights = row_weights(top_k_weights, to)
+        return collect(
+            self.kernel.grouped_product(self.act_fn(gate) * up, self.prepared["w2"], to.offsets, weights), to
+        )
 
 
 def _leaf(parameter: str) -> str:

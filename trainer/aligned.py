@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 
 from qarl.errors import ConfigError
 from qarl.formats import QuantFormat
-from qarl.kernels.dispatch import choose, kernel
-from qarl.kernels.linear import Arithmetic, aligned_experts, aligned_linear
+from qarl.kernels.dispatch import choose
+from qarl.kernels.linear import Arithmetic, Prepared, aligned_experts, aligned_linear
 from qarl.kernels.rotary import engine_rotary
+from qarl.kernels.routing import collect, route, row_weights, spread
 from qarl.trainer.attention import PACKED_ENGINE
 
 
@@ -32,11 +33,11 @@ class AlignedModel:
         self.covered = {name: shape for name, shape in shapes.items() if format.covers(name, shape)}
         for name, shape in self.covered.items():
             format.check_shape(name, shape)
-        self._prepared: dict[str, Any] = {}
+        self._prepared: dict[str, Prepared] = {}
         self.backend = "none"
         if self.covered and backend != "none":
             self.backend = choose(format.name, backend, device_type, dtype)
-            self._arithmetic = Arithmetic(kernel(format.name), format.group, self.backend, dtype)
+            self._arithmetic = Arithmetic(format.name, format.group, self.backend, dtype)
             self._swap(model)
             if self.backend == "engine":
                 assert isinstance(model, PreTrainedModel)
@@ -63,13 +64,13 @@ class AlignedModel:
         if left:  # an architecture whose layers compute in a way not known here
             raise ConfigError(f"rollout.format: there is no aligned forward for {sorted(left)[:3]}; choices: 'bf16'")
 
-    def _of(self, name: str, weight: Tensor) -> Any:
+    def _of(self, name: str, weight: Tensor) -> Prepared | None:
         """Prepared once per version of the weight, also where gradient checkpointing runs a forward twice.
 
         What is made of a weight that ZeRO-3 shards is not kept: all of it together is a whole model on every rank.
         """
         if hasattr(weight, "ds_id"):
-            return self._arithmetic.prepare(weight.detach())
+            return None
         if name not in self._prepared:
             self._prepared[name] = self._arithmetic.prepare(weight.detach())
         return self._prepared[name]
@@ -77,8 +78,10 @@ class AlignedModel:
     def linear(self, x: Tensor, name: str, weight: Tensor, bias: Tensor | None) -> Tensor:
         return aligned_linear(x, weight, bias, self._arithmetic, self._of(name, weight))
 
-    def experts(self, x: Tensor, name: str, weight: Tensor, offsets: Tensor) -> Tensor:
-        return aligned_experts(x, weight, offsets, self._arithmetic, self._of(name, weight))
+    def experts(
+        self, x: Tensor, name: str, weight: Tensor, offsets: Tensor, row_weights: Tensor | None = None
+    ) -> Tensor:
+        return aligned_experts(x, weight, offsets, self._arithmetic, self._of(name, weight), row_weights)
 
 
 class _Linear:
@@ -99,15 +102,14 @@ class _Experts:
 
     def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden [T, H], experts chosen for each token and their weights [T, top_k] -> [T, H]."""
-        module = self.module
-        expert, order = top_k_index.flatten().sort(stable=True)  # rows by expert: each expert's are one product
-        token = order // top_k_index.shape[1]
-        offsets = torch.bincount(expert, minlength=module.num_experts).cumsum(0)
-        gate_up = self.aligned.experts(hidden[token], f"{self.path}.gate_up_proj", module.gate_up_proj, offsets)
+        module, aligned = self.module, self.aligned
+        to = route(top_k_index, module.num_experts)
+        gate_up = aligned.experts(spread(hidden, to), f"{self.path}.gate_up_proj", module.gate_up_proj, to.offsets)
         gate, up = gate_up.chunk(2, dim=-1)
-        down = self.aligned.experts(module.act_fn(gate) * up, f"{self.path}.down_proj", module.down_proj, offsets)
-        weighted = down * top_k_weights.flatten()[order, None]
-        return torch.zeros_like(hidden).index_add(0, token, weighted.to(hidden.dtype))
+        weights = row_weights(top_k_weights, to)
+        inner = module.act_fn(gate) * up
+        down = aligned.experts(inner, f"{self.path}.down_proj", module.down_proj, to.offsets, weights)
+        return collect(down, to)
 
 
 def _rotate_as_the_engine(model: nn.Module) -> None:

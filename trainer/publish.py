@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qarl.formats import QuantFormat
 from qarl.fusion import FUSED, engine_name, fused_shapes
-from qarl.kernels.dispatch import kernel
+from qarl.kernels.dispatch import quantizer
 from qarl.records import Tile, WeightUpdate, WireTensor
 from qarl.wire import from_wire, to_wire
 
@@ -54,7 +54,7 @@ def make_update(
         if format.covers(name, shape):
             format.check_shape(name, shape)
             covered[name] = shape
-            waiting[fused][place] = kernel(format.name).quantize(tensor.detach(), format.group)
+            waiting[fused][place] = quantizer(format.name, tensor.device.type).quantize(tensor.detach(), format.group)
         else:
             waiting[fused][place] = {_kept_part(name): tensor.detach().clone()}
         lap("quantize")
@@ -82,7 +82,7 @@ def make_tiles(
     tiles = []
     for name in chosen:
         codes = {part: from_wire(wire) for part, wire in tensors[name].items()}
-        weight = kernel(format.name).dequantize(codes, format.group, torch.float32)
+        weight = quantizer(format.name, "cpu").dequantize(codes, format.group, torch.float32)
         n_features = weight.shape[-1]
         columns = torch.arange(TILE_COLUMNS) * (n_features // TILE_COLUMNS) + version % max(
             n_features // TILE_COLUMNS, 1

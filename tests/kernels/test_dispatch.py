@@ -10,40 +10,93 @@ import torch
 
 from qarl.errors import ConfigError
 from qarl.formats import FORMATS
-from qarl.kernels import dispatch, w4a16, w8a8_fp8, w8a8_int8
+from qarl.kernels import dispatch, w4a16, w8a8_fp8, w8a8_int8, w8a8_int8_engine
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_format_but_bf16_has_a_kernel_that_runs_emulated(name: str) -> None:
+def test_every_format_but_bf16_has_a_definition_that_runs_anywhere(name: str) -> None:
     if name == "bf16":
         with pytest.raises(ConfigError, match="'bf16' has no kernel"):
-            dispatch.kernel(name)
+            dispatch.load(name, "emulated")
     else:
         for device in ("cpu", "cuda"):
             assert dispatch.backends(name, device, torch.float32)["emulated"] is None
             assert dispatch.choose(name, "emulated", device, torch.float32) == "emulated"
 
 
-def test_formats_share_a_kernel_where_only_the_group_differs() -> None:
-    assert dispatch.kernel("w4a16") is dispatch.kernel("w4a16_g32") is w4a16
-    assert dispatch.kernel("w8a8_int8") is w8a8_int8 and dispatch.kernel("w8a8_fp8") is w8a8_fp8
+def test_formats_share_a_module_where_only_the_group_differs() -> None:
+    assert dispatch.load("w4a16", "emulated") is dispatch.load("w4a16_g32", "emulated") is w4a16
+    assert dispatch.load("w8a8_int8", "emulated") is w8a8_int8 and dispatch.load("w8a8_fp8", "emulated") is w8a8_fp8
+    assert dispatch.load("w8a8_int8", "engine") is w8a8_int8_engine
 
 
-def test_an_unknown_format_is_refused_by_name() -> None:
+def test_codes_are_made_by_the_definition_on_a_cpu_and_by_triton_on_a_gpu() -> None:
+    for name in ("w8a8_int8", "w8a8_fp8", "w4a16"):
+        assert dispatch.quantizer(name, "cpu") is dispatch.load(name, "emulated")
+        if (Path(w4a16.__file__).parent / f"{name}_fused.py").exists():
+            assert dispatch.quantizer(name, "cuda") is dispatch.load(name, "fused")
+
+
+def test_unknown_names_are_refused() -> None:
     with pytest.raises(ConfigError, match="rollout.format: 'w3a16' has no kernel; .*'w4a16'"):
-        dispatch.kernel("w3a16")
+        dispatch.load("w3a16", "emulated")
+    with pytest.raises(ConfigError, match="learner.backend: 'cutlass' .* choices: .*'fused'"):
+        dispatch.load("w4a16", "cutlass")
+    with pytest.raises(ConfigError, match="learner.backend: 'cutlass' does not run w4a16 on cpu"):
+        dispatch.choose("w4a16", "cutlass", "cpu", torch.float32)
 
 
-@pytest.mark.parametrize("reason", [None, "it is not here"])
-def test_auto_takes_the_engine_where_it_runs(reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(w8a8_int8, "_engine_refusal", lambda device: reason)
-    assert dispatch.backends("w8a8_int8", "cpu", torch.float32) == {"engine": reason, "emulated": None}
-    assert dispatch.choose("w8a8_int8", "auto", "cpu", torch.float32) == ("engine" if reason is None else "emulated")
-    assert dispatch.choose("w8a8_fp8", "auto", "cpu", torch.float32) == "emulated"
+class Runs:
+    """A module that runs where `reason` is `None`."""
+
+    def __init__(self, reason: str | None) -> None:
+        self.reason = reason
+
+    def refusal(self, device_type: str, dtype: torch.dtype) -> str | None:
+        return self.reason
+
+
+def machine(monkeypatch: pytest.MonkeyPatch, **reasons: str | None) -> None:
+    """Backends that run, or do not for a reason."""
+    monkeypatch.setattr(dispatch, "load", lambda format_name, backend: Runs(reasons[backend]))
+
+
+@pytest.mark.parametrize(
+    ("device", "engine", "fused", "choice"),
+    [
+        ("cpu", None, None, "engine"),
+        ("cpu", "no vLLM", None, "emulated"),
+        ("cuda", None, None, "engine"),
+        ("cuda", "no vLLM", None, "fused"),
+        ("cuda", "no vLLM", "float32", "emulated"),
+    ],
+)
+def test_auto_takes_the_fastest_that_runs(
+    device: str, engine: str | None, fused: str | None, choice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(monkeypatch, engine=engine, fused=fused, emulated=None)
+    assert dispatch.backends("w8a8_int8", device, torch.bfloat16) == {
+        "engine": engine,
+        "fused": fused,
+        "emulated": None,
+    }
+    assert dispatch.choose("w8a8_int8", "auto", device, torch.bfloat16) == choice
+
+
+def test_int4_has_no_engine_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="Marlin takes 1.8 times"):
+        dispatch.load("w4a16_g32", "engine")
+    machine(monkeypatch, fused=None, emulated=None)
+    assert dispatch.choose("w4a16", "auto", "cuda", torch.bfloat16) == "fused"
+    assert dispatch.choose("w4a16", "auto", "cpu", torch.bfloat16) == "emulated"
+    with pytest.raises(
+        ConfigError, match=r"'engine' does not run w4a16 on cuda .*Marlin.*\['auto', 'emulated', 'fused'\]"
+    ):
+        dispatch.choose("w4a16", "engine", "cuda", torch.bfloat16)
 
 
 def test_what_was_asked_for_is_never_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(w8a8_int8, "_engine_refusal", lambda device: "it is not here")
+    machine(monkeypatch, engine="it is not here", fused="no GPU", emulated=None)
     message = (
         r"learner.backend: 'engine' does not run w8a8_int8 on cpu in torch.float32 \(it is not here\); "
         r"choices: \['auto', 'emulated'\]"

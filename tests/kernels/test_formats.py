@@ -1,4 +1,4 @@
-"""What every format's kernel promises, on the same cases. The reference for codes is the library compressed-tensors.
+"""What every format's definition promises, on the same cases. The reference for codes is the library compressed-tensors.
 
 Tolerances of `emulated` against float64, relative to Σ|x·w| of an output:
     w8a8_int8   2^-22        the sum is exact; its conversion and two scales are one rounding each
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qarl.formats import FORMATS
-from qarl.kernels.dispatch import Codes, kernel
+from qarl.kernels.dispatch import Codes, load
 
 QUANTIZED = [name for name, format in FORMATS.items() if format.quantizes]
 K = 256
@@ -29,16 +29,16 @@ def group_of(name: str) -> int | None:
 
 
 def quantize(name: str, weight: Tensor) -> Codes:
-    return kernel(name).quantize(weight, group_of(name))
+    return load(name, "emulated").quantize(weight, group_of(name))
 
 
 def dequantize(name: str, codes: Codes, dtype: torch.dtype = torch.float32) -> Tensor:
-    return kernel(name).dequantize(codes, group_of(name), dtype)
+    return load(name, "emulated").dequantize(codes, group_of(name), dtype)
 
 
 def product(name: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    module = kernel(name)
-    return module.product(x, module.prepare(quantize(name, weight), group_of(name), "emulated", x.dtype), bias)
+    module = load(name, "emulated")
+    return module.product(x, module.prepare(quantize(name, weight), group_of(name), x.dtype), bias)
 
 
 def compressor(name: str) -> tuple[type[BaseCompressor], QuantizationScheme]:
@@ -185,8 +185,8 @@ def test_emulated_product_against_float64(name: str, shape: tuple[int, int], m: 
     weight, x = torch.randn(shape), torch.randn(m, shape[1])
     bias = torch.randn(shape[0]) if biased else None
     inputs = x.double()
-    if hasattr(kernel(name), "quantize_tokens"):
-        codes, scale = kernel(name).quantize_tokens(x)  # type: ignore[attr-defined]
+    if hasattr(load(name, "emulated"), "quantize_tokens"):
+        codes, scale = load(name, "emulated").quantize_tokens(x)  # type: ignore[attr-defined]
         inputs = codes.double() * scale.double()
     grid = quantize(name, weight)
     grid64 = (
@@ -262,14 +262,7 @@ def test_non_contiguous_inputs_and_weights(name: str) -> None:
 @pytest.mark.parametrize("name", ["w8a8_int8", "w8a8_fp8"])
 def test_a_group_is_refused_where_scales_cover_channels(name: str) -> None:
     with pytest.raises(ValueError, match="no groups; got group 32"):
-        kernel(name).quantize(torch.randn(4, K), 32)
-
-
-@pytest.mark.parametrize("name", QUANTIZED)
-def test_an_unknown_backend_is_refused(name: str) -> None:
-    module, codes = kernel(name), quantize(name, torch.randn(4, K))
-    with pytest.raises(ValueError, match="no backend 'fused'"):
-        module.prepare(codes, group_of(name), "fused", torch.float32)
+        load(name, "emulated").quantize(torch.randn(4, K), 32)
 
 
 @pytest.mark.parametrize("name", QUANTIZED)

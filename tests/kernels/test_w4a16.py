@@ -8,7 +8,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qarl.kernels import w8a8_int8
+from qarl.kernels import w8a8_int8_engine
 from qarl.kernels.w4a16 import dequantize, pack, prepare, product, quantize, unpack
 
 
@@ -51,9 +51,7 @@ def test_a_group_that_does_not_fit_is_refused(group: int | None) -> None:
         quantize(torch.randn(4, 128), group)
 
 
-@pytest.mark.skipif(
-    w8a8_int8.refusal("engine", "cpu", torch.float32) is not None, reason="vLLM's CPU build is not here"
-)
+@pytest.mark.skipif(w8a8_int8_engine.refusal("cpu", torch.float32) is not None, reason="vLLM's CPU build is not here")
 @pytest.mark.parametrize("group", [32, 128])
 def test_dequantized_weights_are_those_of_vllms_cpu_op(group: int) -> None:
     """Read off `cpu_gemm_wna16` with an identity input: every output is one weight, in bfloat16."""
@@ -74,6 +72,6 @@ def test_dequantized_weights_are_those_of_vllms_cpu_op(group: int) -> None:
     assert torch.equal(theirs.t(), dequantize(codes, group, torch.bfloat16))
     # A real product, in both: float32 sums in another order, rounded to bfloat16.
     x = torch.randn(9, k).bfloat16()
-    y = product(x, prepare(codes, group, "emulated", torch.bfloat16))
+    y = product(x, prepare(codes, group, torch.bfloat16))
     theirs = ops.cpu_gemm_wna16(x, blocks, scales, None, None, 8, "vec")
     assert torch.allclose(y.float(), theirs.float(), rtol=2**-7, atol=2**-7)

@@ -18,11 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qarl.kernels import w8a8_int8
+from qarl.kernels import w8a8_int8, w8a8_int8_engine
 from qarl.kernels.dispatch import choose
-from qarl.kernels.w8a8_int8 import prepare, product, quantize, quantize_tokens, refusal
+from qarl.kernels.w8a8_int8 import product, quantize, quantize_tokens
 
-refused = refusal("engine", "cpu", torch.float32)
+refused = w8a8_int8_engine.refusal("cpu", torch.float32)
 needs_engine = pytest.mark.skipif(refused is not None, reason=str(refused))
 
 
@@ -81,8 +81,8 @@ def test_the_integer_sum_is_exact_where_it_is_large(k: int, vnni: bool, monkeypa
     weight, x = torch.randint(120, 128, (64, k), dtype=torch.int8), torch.randint(120, 128, (32, k))
     weight[1] *= -1
     x[:, 0] = 127  # so that the scale is 1
-    prepared = prepare({"weight": weight, "weight_scale": torch.ones(64, 1)}, None, "emulated", torch.float32)
-    assert torch.equal(product(x.float(), prepared), (x @ weight.long().t()).float())
+    codes = {"weight": weight, "weight_scale": torch.ones(64, 1)}
+    assert torch.equal(product(x.float(), codes), (x @ weight.long().t()).float())
 
 
 @needs_engine
@@ -123,27 +123,27 @@ def test_engine_against_emulated(shape: tuple[int, int, int], dtype: torch.dtype
     m, n, k = shape
     codes, x = quantize(torch.randn(n, k)), torch.randn(m, k).to(dtype)
     bias = torch.randn(n).to(dtype) if biased else None
-    engine, emulated = (product(x, prepare(codes, None, backend, dtype), bias) for backend in ("engine", "emulated"))
+    engine, emulated = (m.product(x, m.prepare(codes, None, dtype), bias) for m in (w8a8_int8_engine, w8a8_int8))
     assert engine.dtype == dtype
     assert_as_exact_as_the_cpu(engine, emulated, bias)
 
 
 @needs_engine
 def test_engine_takes_no_rows_and_non_contiguous_rows() -> None:
-    prepared = prepare(quantize(torch.randn(16, 32)), None, "engine", torch.float32)
-    assert product(torch.empty(0, 32), prepared).shape == (0, 16)
+    prepared = w8a8_int8_engine.prepare(quantize(torch.randn(16, 32)), None, torch.float32)
+    assert w8a8_int8_engine.product(torch.empty(0, 32), prepared).shape == (0, 16)
     x = torch.randn(32, 5).t()
-    assert torch.equal(product(x, prepared), product(x.contiguous(), prepared))
+    assert torch.equal(w8a8_int8_engine.product(x, prepared), w8a8_int8_engine.product(x.contiguous(), prepared))
 
 
 @needs_engine
 def test_engine_rows_that_are_not_finite_touch_no_other_row() -> None:
     """inf shows in its whole row, as in `emulated`; NaN may be lost in its row (it becomes code 0), but stays in it."""
-    prepared = prepare(quantize(torch.randn(16, 64)), None, "engine", torch.float32)
+    prepared = w8a8_int8_engine.prepare(quantize(torch.randn(16, 64)), None, torch.float32)
     x = torch.randn(4, 64)
-    clean = product(x, prepared)
+    clean = w8a8_int8_engine.product(x, prepared)
     x[1, 3], x[2, 3] = float("inf"), float("nan")
-    y = product(x, prepared)
+    y = w8a8_int8_engine.product(x, prepared)
     assert not y[1].isfinite().any()
     assert torch.equal(y[[0, 3]], clean[[0, 3]])
 
@@ -152,12 +152,12 @@ def test_engine_rows_that_are_not_finite_touch_no_other_row() -> None:
 def test_prepared_outlives_the_codes_it_was_made_of() -> None:
     """oneDNN's handle points into the scales: vLLM's own reload frees them and computes NaN."""
     codes, x = quantize(torch.randn(64, 64)), torch.randn(5, 64)
-    prepared = prepare(codes, None, "engine", torch.float32)
-    before = product(x, prepared)
+    prepared = w8a8_int8_engine.prepare(codes, None, torch.float32)
+    before = w8a8_int8_engine.product(x, prepared)
     del codes
     gc.collect()
     _ = [torch.full((64, size), float("nan")) for size in (1, 1, 1, 16, 64, 64)]
-    assert torch.equal(product(x, prepared), before)
+    assert torch.equal(w8a8_int8_engine.product(x, prepared), before)
 
 
 @needs_engine
@@ -178,9 +178,9 @@ def test_engine_follows_vllms_layer_call_for_call() -> None:
     theirs = CPUInt8ScaledMMLinearKernel(config, names)
     theirs.process_weights_for_onednn(layer)
     x, bias = torch.randn(7, 64), torch.randn(96)
-    prepared = prepare(codes, None, "engine", torch.float32)
-    assert torch.equal(product(x, prepared), theirs._apply_weights_onednn(layer, x))
-    assert torch.equal(product(x, prepared, bias), theirs._apply_weights_onednn(layer, x, bias))
+    prepared = w8a8_int8_engine.prepare(codes, None, torch.float32)
+    assert torch.equal(w8a8_int8_engine.product(x, prepared), theirs._apply_weights_onednn(layer, x))
+    assert torch.equal(w8a8_int8_engine.product(x, prepared, bias), theirs._apply_weights_onednn(layer, x, bias))
 
 
 @needs_engine
@@ -188,20 +188,20 @@ def test_engine_refuses_sixteen_bits_on_amx(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     codes = quantize(torch.randn(16, 64))
     with pytest.raises(ValueError, match="computes torch.bfloat16 with another kernel on a CPU with AMX"):
-        prepare(codes, None, "engine", torch.bfloat16)
-    prepare(codes, None, "engine", torch.float32)
+        w8a8_int8_engine.prepare(codes, None, torch.bfloat16)
+    w8a8_int8_engine.prepare(codes, None, torch.float32)
     assert choose("w8a8_int8", "auto", "cpu", torch.bfloat16) == "emulated"
     assert choose("w8a8_int8", "auto", "cpu", torch.float32) == "engine"
 
 
 def test_engine_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert refusal("emulated", "cuda", torch.float32) is None
-    assert "not for cuda" in str(refusal("engine", "cuda", torch.float32))
-    monkeypatch.setattr(w8a8_int8, "find_spec", lambda name: None)
-    w8a8_int8._engine_refusal.cache_clear()
+    refusal = w8a8_int8_engine.refusal
+    assert w8a8_int8.refusal("cuda", torch.float32) is None
+    monkeypatch.setattr(w8a8_int8_engine, "find_spec", lambda name: None)
+    w8a8_int8_engine._engine_refusal.cache_clear()
     try:
-        assert refusal("engine", "cpu", torch.float32) == "vLLM is not installed"
+        assert refusal("cpu", torch.float32) == "vLLM is not installed"
         with pytest.raises(ValueError, match="vLLM is not installed"):
-            prepare(quantize(torch.randn(4, 32)), None, "engine", torch.float32)
+            w8a8_int8_engine.prepare(quantize(torch.randn(4, 32)), None, torch.float32)
     finally:
-        w8a8_int8._engine_refusal.cache_clear()
+        w8a8_int8_engine._engine_refusal.cache_clear()

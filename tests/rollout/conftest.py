@@ -24,7 +24,7 @@ from transformers import (
 
 from qarl import formats
 from qarl.config import RolloutConfig
-from qarl.kernels.dispatch import kernel
+from qarl.kernels.dispatch import load
 from qarl.records import WeightUpdate
 from qarl.rollout.engine import Engine, open_engine
 from qarl.trainer.pocket import build_tokenizer
@@ -152,7 +152,7 @@ def reference_logits() -> Reference:
         model = copy.deepcopy(model)
         for name, parameter in model.named_parameters():
             if format.covers(name, tuple(parameter.shape)):
-                parameter.copy_(dequantized(format, kernel(format.name).quantize(parameter, format.group)))
+                parameter.copy_(dequantized(format, load(format.name, "emulated").quantize(parameter, format.group)))
         for name, module in model.named_modules():
             if isinstance(module, torch.nn.Linear) and format.covers(f"{name}.weight", tuple(module.weight.shape)):
                 module.register_forward_pre_hook(lambda _, inputs: (rounded(format, inputs[0]),))

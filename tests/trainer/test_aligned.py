@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from qarl import formats
 from qarl.errors import ConfigError
 from qarl.formats import get
-from qarl.kernels.dispatch import kernel
+from qarl.kernels.dispatch import load
 from qarl.trainer.aligned import AlignedModel
 from qarl.trainer.attention import PACKED, positions
 
@@ -18,7 +18,7 @@ LENGTHS = [6, 1, 11]
 TOKENS = torch.randint(48, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(0))
 
 
-def load(folder):
+def open_model(folder):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=PACKED)
     return model
 
@@ -32,14 +32,14 @@ def on_grid(model, format):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if format.covers(name, tuple(parameter.shape)):
-                codes = kernel(format.name).quantize(parameter, format.group)
-                parameter.copy_(kernel(format.name).dequantize(codes, format.group, torch.float32))
+                codes = load(format.name, "emulated").quantize(parameter, format.group)
+                parameter.copy_(load(format.name, "emulated").dequantize(codes, format.group, torch.float32))
     return model
 
 
 def round_inputs(model, format):
     """Inputs of covered linear layers put on their grid, straight through; for packed experts in the loop of transformers."""
-    module: Any = kernel(format.name)
+    module: Any = load(format.name, "emulated")
 
     def rounded(x):
         codes, scale = module.quantize_tokens(x.detach().reshape(-1, x.shape[-1]))
@@ -68,7 +68,7 @@ def experts(layer, hidden, index, weights, rounded):
 @pytest.mark.parametrize("name", ["w8a8_int8", "w8a8_fp8", "w4a16_g32"])
 def test_aligned_model_equals_transformers_on_the_grid(models, kind, name):
     format = get(name)
-    model, reference = load(models[kind]), on_grid(load(models[kind]), format)
+    model, reference = open_model(models[kind]), on_grid(open_model(models[kind]), format)
     aligned = AlignedModel(model, format, "emulated", "cpu", torch.float32)
     if format.activation != "none":
         round_inputs(reference, format)
@@ -79,7 +79,9 @@ def test_aligned_model_equals_transformers_on_the_grid(models, kind, name):
     tolerance = 1e-4 if format.activation == "none" else 2e-2
     assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
     assert (ours - theirs).abs().mean() <= 0.1 * tolerance * theirs.abs().max()
-    assert (ours - logits(load(models[kind]))).abs().max() > 1e-3 * theirs.abs().max(), "and it is not the plain model"
+    assert (ours - logits(open_model(models[kind]))).abs().max() > 1e-3 * theirs.abs().max(), (
+        "and it is not the plain model"
+    )
     ours.square().sum().backward()
     theirs.square().sum().backward()
     for (parameter_name, a), b in zip(model.named_parameters(), reference.parameters(), strict=True):
@@ -89,7 +91,7 @@ def test_aligned_model_equals_transformers_on_the_grid(models, kind, name):
 
 
 def test_covered_is_what_the_format_covers(models):
-    model = load(models["moe"])
+    model = open_model(models["moe"])
     aligned = AlignedModel(model, get("w8a8_int8"), "auto", "cpu", torch.float32)
     names = {name.removeprefix("model.layers.0.") for name in aligned.covered if "layers.0" in name}
     attention = {f"self_attn.{p}_proj.weight" for p in "qkvo"}
@@ -97,7 +99,7 @@ def test_covered_is_what_the_format_covers(models):
 
 
 def test_backend_none_leaves_the_model_alone(models):
-    model = load(models["dense"])
+    model = open_model(models["dense"])
     expected = logits(model)
     AlignedModel(model, get("w8a8_int8"), "none", "cpu", torch.float32)
     assert torch.equal(logits(model), expected)
@@ -105,7 +107,7 @@ def test_backend_none_leaves_the_model_alone(models):
 
 def test_stale_codes_are_served_until_invalidated(models):
     """The cache works, and `invalidate` empties it."""
-    model = load(models["dense"])
+    model = open_model(models["dense"])
     aligned = AlignedModel(model, get("w4a16_g32"), "emulated", "cpu", torch.float32)
     with torch.no_grad():
         before = logits(model)
@@ -129,7 +131,7 @@ def test_a_layer_without_aligned_forward_is_refused():
 
 def test_a_group_that_does_not_divide_is_refused(models):
     with pytest.raises(ConfigError, match="divisible by 128"):
-        AlignedModel(load(models["dense"]), get("w4a16"), "emulated", "cpu", torch.float32)
+        AlignedModel(open_model(models["dense"]), get("w4a16"), "emulated", "cpu", torch.float32)
 
 
 def test_every_format_is_covered_here():

@@ -147,7 +147,7 @@ def test_samples_without_response_and_fillers_change_nothing(scenarios, models):
 
 def test_codes_follow_the_weights_after_every_update(scenarios, models):
     """What is published after a step is the new masters quantized, and what the next score computes with."""
-    from qarl.kernels.dispatch import kernel
+    from qarl.kernels.dispatch import load
 
     learner = scenarios.make_learner(models["moe"], format="w4a16_g32", backend="emulated", optimizer={"lr": 0.05})
     samples = scenarios.scored(learner, scenarios.make_samples(), 200)
@@ -157,7 +157,7 @@ def test_codes_follow_the_weights_after_every_update(scenarios, models):
     assert checksums(first) != checksums(second)
     for name, parameter in learner.model.named_parameters():
         if name.endswith("experts.down_proj"):
-            codes = kernel("w4a16_g32").quantize(parameter.data, 32)
+            codes = load("w4a16_g32", "emulated").quantize(parameter.data, 32)
             published = second.tensors[name.replace("down_proj", "w2")]
             assert all(torch.equal(from_wire(published[part]), codes[part]) for part in codes)
     rescored = scenarios.scored(learner, samples, 200)

@@ -6,7 +6,7 @@ import torch
 
 from qarl.errors import ConfigError
 from qarl.formats import get
-from qarl.kernels.dispatch import kernel
+from qarl.kernels.dispatch import load
 from qarl.trainer.publish import TILE_COLUMNS, make_update
 from qarl.wire import from_wire, verify
 
@@ -48,7 +48,7 @@ def test_codes_of_fused_tensors_are_codes_of_the_stacked_weights(name):
     stacked = torch.cat([weights[f"{BLOCK}.self_attn.{p}_proj.weight"] for p in "qkv"])
     expected = {QKV: stacked, f"{BLOCK}.mlp.experts.w13": weights[f"{BLOCK}.mlp.experts.gate_up_proj"]}
     for fused, weight in expected.items():
-        codes = kernel(name).quantize(weight, format.group)
+        codes = load(name, "emulated").quantize(weight, format.group)
         published = update.tensors[fused]
         assert published.keys() == codes.keys()
         for part, values in codes.items():
@@ -84,7 +84,7 @@ def test_tiles_are_dequantized_columns_of_other_tensors_each_version():
         assert len(update.tiles) == 2
         for tile in update.tiles:
             codes = {part: from_wire(wire) for part, wire in update.tensors[tile.tensor].items()}
-            whole = kernel(format.name).dequantize(codes, format.group, torch.float32)
+            whole = load(format.name, "emulated").dequantize(codes, format.group, torch.float32)
             assert len(tile.columns) == TILE_COLUMNS and len(set(tile.columns)) == TILE_COLUMNS
             assert np.array_equal(tile.values, whole[..., torch.from_numpy(tile.columns)].numpy())
     assert {t.tensor for u in updates for t in u.tiles} == {QKV, f"{BLOCK}.self_attn.o_proj"} | {
