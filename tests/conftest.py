@@ -18,3 +18,8 @@ from qarl.config import RunConfig
 def composed() -> Callable[..., RunConfig]:
     """`composed("recipe=quickstart", "steps=3")`: the configuration of that command line."""
     return compose
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")

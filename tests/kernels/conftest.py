@@ -8,8 +8,3 @@ import torch
 def device() -> str:
     """The GPU, where there is one; else the CPU, on which Triton's kernels run in its interpreter."""
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")

@@ -39,16 +39,21 @@ SHAPE: dict[str, Any] = dict(
 )
 
 
-def make_model(folder: Path, kind: str) -> Path:
+#: As wide as low-bit products and FlashAttention on a GPU want it.
+WIDE: dict[str, Any] = SHAPE | dict(
+    hidden_size=256, intermediate_size=512, num_attention_heads=4, head_dim=64, moe_intermediate_size=128
+)
+
+
+def make_model(folder: Path, kind: str, shape: dict[str, Any] = SHAPE) -> Path:
     """A random `dense`, `tied` or `moe` model, with the file that stands for a tokenizer here."""
     torch.manual_seed(0)
     model: Any
     if kind == "moe":
-        model = Qwen3MoeForCausalLM(
-            Qwen3MoeConfig(**SHAPE, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True)
-        )
+        shape = {"moe_intermediate_size": 32, **shape}
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True))
     else:
-        model = Qwen3ForCausalLM(Qwen3Config(**SHAPE, tie_word_embeddings=kind == "tied"))
+        model = Qwen3ForCausalLM(Qwen3Config(**shape, tie_word_embeddings=kind == "tied"))
     for name, parameter in model.named_parameters():  # away from all ones, where a lost norm would not show
         if name.endswith("norm.weight"):
             parameter.data.uniform_(0.5, 1.5)
