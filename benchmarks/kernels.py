@@ -1,0 +1,234 @@
+"""Low-bit kernels against bf16 on the same tensors: `python -m benchmarks.kernels [--only dense head] [--tiny]`.
+
+Shapes of Qwen3-8B and Qwen3-30B-A3B. Each row: median milliseconds on the device, the floor by bytes and by operations at the
+rates measured first, and the ratio to bf16 of the same run, below 1 where low-bit is faster. Written to
+`results/kernels_h200.json` (by the GPU's name) row by row. Exits 1 where a row failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import layers, record
+from benchmarks.rows import Bar, Report, Row, pivot
+from benchmarks.timing import Ceilings, device, device_name, free, median_ms, rotated
+from qarl import formats
+from qarl.kernels.dispatch import load, quantizer
+
+FORMATS = ("w4a16", "w4a16_g32", "w8a8_int8", "w8a8_fp8")
+WEIGHTS = {
+    "8B gate_up": (24576, 4096),
+    "8B down": (4096, 12288),
+    "8B qkv": (6144, 4096),
+    "30B experts gate_up": (128, 1536, 2048),
+    "30B experts down": (128, 2048, 768),
+}
+TOKENS = {"tokens 16k x 4096": (16384, 4096), "tokens 128k x 2048": (131072, 2048)}
+#: (N, K)
+LINEARS = {
+    "8B qkv": (6144, 4096),
+    "8B o": (4096, 4096),
+    "8B gate_up": (24576, 4096),
+    "8B down": (4096, 12288),
+    "30B qkv": (5120, 2048),
+    "30B o": (2048, 4096),
+}
+ROWS = (128, 1024, 8192, 16384, 65536)
+#: Where `emulated` is measured too, once, and a step that quantizes the weight.
+EMULATED, QUANTIZED = ("8B o", 1024), ("8B gate_up", 16384)
+
+BANDWIDTH = Bar("quantize, dequantize: share of copy bandwidth", "share", 0.70, at_least=True)
+TRAIN = {
+    "w4a16": Bar("w4a16 dense forward + backward, M >= 8192", "ratio", 1.05),
+    "w8a8": Bar("w8a8 dense forward + backward, M >= 8192", "ratio", 1 / 1.15),
+}
+INFER = Bar("w8a8 dense forward, M >= 8192", "ratio", 1 / 1.6)
+
+
+def quantize(report: Report, ceilings: Ceilings, tiny: bool) -> None:
+    """Weights of every format to codes and back, tokens to codes."""
+    for layer, shape in {"tiny": (64, 128)}.items() if tiny else WEIGHTS.items():
+        weights = rotated(partial(_inputs, shape))
+        for name in FORMATS:
+            n_bytes = weights[0][0].numel() * (2 + formats.get(name).bits_per_weight(shape) / 8)
+            for what in ("quantize", "dequantize"):
+                row = {"group": "quantize", "layer": layer, "format": name, "pass": what}
+                report.add(row, partial(_share, _codes_of(name, what, weights), n_bytes, ceilings), BANDWIDTH)
+        free()
+    for layer, shape in {"tokens tiny": (16, 128)}.items() if tiny else TOKENS.items():
+        tokens = rotated(partial(_inputs, shape))
+        n_bytes = tokens[0][0].numel() * 3 + 4 * shape[0]
+        for name, backend in layers.contenders(("w8a8_int8", "w8a8_fp8")):
+            row = {"group": "quantize", "layer": layer, "format": name, "backend": backend, "pass": "tokens"}
+            bars = (BANDWIDTH,) if backend == "fused" else ()  # `engine` is vLLM's own op
+            report.add(row, partial(_share, _tokens_of(name, backend, tokens), n_bytes, ceilings), *bars)
+        free()
+
+
+def _codes_of(name: str, what: str, weights: list[tuple]) -> Callable[[], float]:
+    def measure() -> float:
+        kernel, group = quantizer(name, device().type), formats.get(name).group
+        if what == "quantize":
+            return median_ms(lambda w: kernel.quantize(w, group), weights)
+        codes = [(kernel.quantize(w, group),) for (w,) in weights]
+        return median_ms(lambda c: kernel.dequantize(c, group, torch.bfloat16), codes)
+
+    return measure
+
+
+def _tokens_of(name: str, backend: str, tokens: list[tuple]) -> Callable[[], float]:
+    def measure() -> float:
+        layers.arithmetic(name, backend)  # refuses
+        module: Any = load(name, backend)
+        return median_ms(module.quantize_tokens, tokens)
+
+    return measure
+
+
+def _share(measure: Callable[[], float], n_bytes: float, ceilings: Ceilings) -> Row:
+    ms, floors = measure(), ceilings.floors(n_bytes)
+    return {"ms": ms, **floors, "share": floors["floor_bytes_ms"] / ms}
+
+
+def dense(report: Report, ceilings: Ceilings, tiny: bool) -> None:
+    """Linear layers, forward and forward + backward, against `F.linear`."""
+    for layer, (n, k) in {"tiny": (32, 128)}.items() if tiny else LINEARS.items():
+        for m in (5, 16) if tiny else ROWS:
+            sets = rotated(partial(_inputs, (m, k), (n, k), (m, n)))
+            at = {"group": "dense", "layer": layer, "m": m}
+            for training in (False, True):
+                passes = "fwd+bwd" if training else "fwd"
+                row = {**at, "format": "bf16", "pass": passes}
+                floors = _dense_floors(ceilings, m, n, k, "bf16", training)
+                bf16 = report.add(row, partial(_timed, _passes(F.linear, training), sets, floors)).get("ms")
+                contenders = layers.contenders(FORMATS, emulated=tiny or (layer, m) == EMULATED)
+                for name, backend in contenders:
+                    row = {**at, "format": name, "backend": backend, "pass": passes}
+                    floors = _dense_floors(ceilings, m, n, k, name, training)
+                    measure = partial(_aligned, name, backend, training, False, sets, floors, bf16)
+                    report.add(row, measure, *_dense_bars(name, backend, m, training))
+                    if training and (tiny or (layer, m) == QUANTIZED):
+                        measure = partial(_aligned, name, backend, training, True, sets, floors, bf16)
+                        report.add({**row, "pass": "quantize+fwd+bwd"}, measure)
+            del sets
+            free()
+
+
+def _aligned(
+    name: str, backend: str, training: bool, quantized: bool, sets: list[tuple], floors: Row, bf16: float | None
+) -> Row:
+    """`quantized`: codes are made in each run, as in the first micro-batch of a step; else once, before."""
+    from qarl.kernels.linear import aligned_linear
+
+    arithmetic = layers.arithmetic(name, backend)
+
+    def forward(x: Tensor, weight: Tensor, prepared: Any) -> Tensor:
+        prepared = arithmetic.prepare(weight.detach()) if quantized else prepared
+        return aligned_linear(x, weight, None, arithmetic, prepared)
+
+    codes = [(*inputs, None if quantized else arithmetic.prepare(inputs[1].detach())) for inputs in sets]
+    return _timed(_passes(forward, training), codes, floors, bf16)
+
+
+def _passes(forward: Callable[..., Tensor], training: bool) -> Callable[..., object]:
+    """(x, weight, dy, …) -> the forward alone, or with dx and dweight."""
+
+    def run(x: Tensor, weight: Tensor, dy: Tensor, *more: Any) -> object:
+        if training:
+            return torch.autograd.grad(forward(x, weight, *more), (x, weight), dy)
+        with torch.no_grad():
+            return forward(x, weight, *more)
+
+    return run
+
+
+def _timed(run: Callable[..., object], sets: list[tuple], floors: Row, bf16: float | None = None) -> Row:
+    ms = median_ms(run, sets)
+    return {"ms": ms, **floors, **({"bf16_ms": bf16, "ratio": ms / bf16} if bf16 else {})}
+
+
+def _dense_floors(ceilings: Ceilings, m: int, n: int, k: int, name: str, training: bool) -> Row:
+    """Forward: x and codes in, y out. Backward: dy, codes and x in, dx and dweight out. Only a w8a8 forward runs in 8 bits."""
+    codes = n * k * formats.get(name).bits_per_weight((n, k)) / 8
+    n_bytes, flop = 2 * m * (k + n) + codes, 2.0 * m * n * k
+    if training:
+        n_bytes += 2 * m * (n + 2 * k) + codes + 2 * n * k
+    low = name.startswith("w8a8")
+    return ceilings.floors(n_bytes, flop * (2 * training + (not low)), flop * low)
+
+
+def _dense_bars(name: str, backend: str, m: int, training: bool) -> tuple[Bar, ...]:
+    """On the backend that a learner gets, at sizes that a learner has; groups of 128, which recipes use."""
+    if m < 8192 or name == "w4a16_g32" or backend != layers.preferred(name):
+        return ()
+    if training:
+        return (TRAIN[name.partition("_")[0]],)
+    return () if name == "w4a16" else (INFER,)
+
+
+def _inputs(*shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Random bf16 leaves."""
+    return tuple(layers.leaf(*shape) for shape in shapes)
+
+
+def summary(report: Report) -> str:
+    """What a reader looks at: verdicts first, then ratios and shares as tables."""
+
+    def of(group: str) -> list[Row]:
+        return [row for row in report.rows if row["group"] == group and row["format"] != "bf16"]
+
+    def short(row: Row) -> str:
+        name = row["format"].replace("w8a8_", "").replace("w4a16", "w4")
+        return f"{name}.{row['backend'][:2]}" if row.get("backend") else name
+
+    def column(row: Row) -> str:
+        return f"{short(row)} {row['pass'].replace('fwd', 'f').replace('bwd', 'b').replace('quantize', 'q')}"
+
+    plain = [row for row in of("dense") if row["backend"] != "emulated" and "quantize" not in row["pass"]]
+    once = [row for row in of("dense") if row not in plain]
+    shown: list[tuple[str, str]] = []
+
+    def show(title: str, rows: list[Row], index: tuple[str, ...], name: Callable[[Row], str], value: str) -> None:
+        if rows:
+            shown.append((title, pivot(rows, index, name, value, ".2f")))
+
+    show("share of copy bandwidth (q: quantize, deq: dequantize)", of("quantize"), ("layer",), column, "share")
+    show("dense, time / bf16 (f: forward, b: backward)", plain, ("layer", "m"), column, "ratio")
+    show("dense, measured once", once, ("layer", "m", "pass"), short, "ratio")
+    show("experts, time / bf16", of("experts"), ("case", "layer"), column, "ratio")
+    show("head, time / dense", of("head"), ("m",), lambda row: "chunked", "ratio")
+    tables = [f"{title}\n{table}\n" for title, table in shown]
+    return "\n".join([*tables, report.troubles(), report.verdicts()])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    groups = {"quantize": quantize, "dense": dense, "experts": layers.experts, "head": layers.head}
+    parser.add_argument("--only", nargs="+", choices=list(groups), default=list(groups), help="groups of rows")
+    parser.add_argument(
+        "--tiny", action="store_true", help="small shapes, seconds on a CPU; written only where --out says"
+    )
+    parser.add_argument("--out", type=Path, help="JSON file; results/kernels_DEVICE.json, where none is given")
+    options = parser.parse_args(arguments)
+    torch.manual_seed(0)
+    ceilings = Ceilings.measure(options.tiny)
+    print(f"copy {ceilings.copy_bytes_s / 1e12:.3f} TB/s, bf16 {ceilings.bf16_flop_s / 1e12:.1f} TFLOP/s", flush=True)
+    out = options.out or (None if options.tiny else record.RESULTS / f"kernels_{device_name()}.json")
+    report = Report(out, {"ceilings": asdict(ceilings)})
+    report.run({name: partial(groups[name], report, ceilings, options.tiny) for name in options.only})
+    print("\n" + summary(report))
+    return 1 if report.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

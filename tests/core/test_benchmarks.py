@@ -1,0 +1,88 @@
+"""The benchmark commands run, at sizes that measure nothing, and fail where a row does."""
+
+import json
+
+import pytest
+
+from benchmarks import kernels, learner
+from benchmarks.rows import Bar, Report
+from qarl.errors import ConfigError
+
+
+@pytest.fixture
+def run(tmp_path):
+    """`run(kernels, "--only", "dense")` -> exit status, rows."""
+
+    def command(module, *arguments):
+        out = tmp_path / "out.json"
+        status = module.main(["--tiny", "--out", str(out), *arguments])
+        return status, json.loads(out.read_text())["rows"]
+
+    return command
+
+
+@pytest.mark.parametrize("group", ["quantize", "dense", "experts", "head"])
+def test_every_kernel_row_is_measured(run, group, capsys):
+    status, rows = run(kernels, "--only", group)
+    assert status == 0 and rows
+    for row in rows:
+        assert row["group"] == group and row["ms"] > 0 and row["floor_bytes_ms"] > 0, row
+    assert {"w4a16", "w8a8_int8", "w8a8_fp8"} <= {row["format"] for row in rows} or group == "head"
+    assert "verdict" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model", learner.MODELS)
+def test_every_learner_row_is_measured_against_bf16(run, model):
+    status, rows = run(learner, "--only", model)
+    assert status == 0
+    assert [row["format"] for row in rows] == [name for name in learner.FORMATS for _ in range(2)]
+    for row in rows:
+        assert row["ms"] >= row["forward_ms"] > 0
+        assert row["format"] == "bf16" or row["ratio"] == pytest.approx(row["ms"] / row["bf16_ms"])
+
+
+def test_a_broken_kernel_fails_its_rows_and_the_command_and_the_others_go_on(run, monkeypatch):
+    from qarl.kernels import w8a8_fp8
+
+    def broken(*arguments):
+        raise RuntimeError("out of order")
+
+    monkeypatch.setattr(w8a8_fp8, "product", broken)
+    status, rows = run(kernels, "--only", "dense")
+    assert status == 1
+    for row in rows:
+        assert ("failed" in row) == (row["format"] == "w8a8_fp8")
+        assert row.get("failed", "RuntimeError: out of order") == "RuntimeError: out of order"
+
+
+def test_a_refused_row_is_kept_misses_its_bar_and_is_no_failure(tmp_path):
+    def refuse():
+        raise ConfigError("learner.backend: not here")
+
+    report, bar = Report(tmp_path / "r.json"), Bar("time", "ratio", 1.05)
+    report.add({"group": "dense", "format": "w4a16"}, refuse, bar)
+    report.add({"group": "dense", "format": "w8a8_int8"}, lambda: {"ratio": 0.9}, bar)
+    assert not report.failed and "REFUSED: learner.backend: not here" in report.troubles()
+    assert "NOT MET" in report.verdicts() and "1/2" in report.verdicts()
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert [row["bars"]["time"] for row in rows] == [None, True]
+
+
+def test_the_worst_row_stands_beside_its_bar():
+    report = Report(None)
+    for size, share in ((1, 0.9), (2, 0.71), (3, 0.8)):
+        bar = Bar("bandwidth", "share", 0.7, at_least=True)
+        report.add({"group": "quantize", "m": size}, lambda share=share: {"share": share}, bar)
+    assert report.verdicts().splitlines()[1].split() == "bandwidth >= 0.7 MET 3/3 0.710 quantize 2".split()
+
+
+def test_rows_of_a_run_that_is_stopped_are_on_disk(tmp_path):
+    report = Report(tmp_path / "r.json")
+    report.add({"group": "dense"}, lambda: {"ms": 1.0})
+
+    def stop():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        report.add({"group": "dense"}, stop)
+    assert len(json.loads((tmp_path / "r.json").read_text())["rows"]) == 1
