@@ -119,6 +119,10 @@ class _RowWeights(torch.autograd.Function):
 
 
 def _gather(hidden: Tensor, routing: Routing) -> Tensor:
+    if hidden.is_cuda:
+        from qarl.kernels import routing_fused
+
+        return routing_fused.spread(hidden, routing.order, routing.top_k)
     return hidden[routing.order // routing.top_k]
 
 
