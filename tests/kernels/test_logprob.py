@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qarl.kernels.logprob import chunked_logprobs
+from qarl.kernels import logprob_fused
+from qarl.kernels.logprob import chunked_logprobs, gradient_rows, row_functions, score_rows
 
 T, H, V = 13, 8, 50
 
@@ -31,6 +33,7 @@ def dense(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -
 @pytest.mark.parametrize("chunk", [1, 4, 13, 1000])
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
 def test_values_and_gradients_equal_the_dense_ones(chunk: int, temperature: float) -> None:
+    """Gradients to what a float32 lse of 60, the size at temperature 0.3, leaves of a probability: 1e-5 of it."""
     mix = torch.randn(2, T, generator=torch.Generator().manual_seed(1))
     results = []
     for function in (dense, partial(chunked_logprobs, chunk=chunk)):
@@ -39,7 +42,7 @@ def test_values_and_gradients_equal_the_dense_ones(chunk: int, temperature: floa
         (logprobs @ mix[0] + entropies @ mix[1]).backward()
         results.append((logprobs, entropies, hidden.grad, weight.grad))
     for ours, expected in zip(*results, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-4)
 
 
 def test_gradients_in_float64() -> None:
@@ -83,6 +86,24 @@ def test_peaked_distributions_have_no_nan() -> None:
     assert torch.allclose(entropies, torch.zeros(T), atol=1e-5)
     for leaf in (hidden, weight):
         assert leaf.grad is not None and leaf.grad.isfinite().all()
+
+
+def test_a_token_of_probability_zero_has_no_gradient() -> None:
+    """Logits of -inf, with gradients of entropies above 1: 0 times the lowest float stays 0."""
+    logits, targets = torch.randn(2, V), torch.tensor([3, 4])
+    logits[:, 10:20] = -math.inf
+    logprobs, entropies, lse = score_rows(logits.clone(), targets, 1.0)
+    d_entropies = torch.tensor([5.0, -5.0])
+    d_logits = gradient_rows(logits.clone(), targets, lse, entropies, torch.ones(2), d_entropies, 1.0)
+    assert logprobs.isfinite().all() and entropies.isfinite().all()
+    assert d_logits.isfinite().all() and not d_logits[:, 10:20].any()
+
+
+def test_the_kernels_are_for_cuda_and_what_float32_holds() -> None:
+    for device_type, dtype in (("cpu", torch.bfloat16), ("cpu", torch.float32), ("cuda", torch.float64)):
+        assert row_functions(device_type, dtype) == (score_rows, gradient_rows)
+    for dtype in (torch.bfloat16, torch.float32):
+        assert row_functions("cuda", dtype) == (logprob_fused.score_rows, logprob_fused.gradient_rows)
 
 
 def test_uniform_distribution() -> None:
