@@ -91,6 +91,11 @@ def choose(format_name: str, requested: str, device_type: str, dtype: torch.dtyp
     return requested
 
 
+def has_engine(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether vLLM's ops for that device and dtype are here; those of all formats come together."""
+    return _refusal("w8a8_int8", "engine", device_type, dtype) is None
+
+
 def _refusal(format_name: str, backend: str, device_type: str, dtype: torch.dtype) -> str | None:
     if backend not in BACKENDS:
         return "there is no such backend"

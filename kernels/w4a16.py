@@ -37,7 +37,7 @@ def quantize(weight: Tensor, group: int | None) -> Codes:
     absmax = w.abs().amax(-1, keepdim=True)
     scale = absmax / absmax.new_full((), 7.5)
     scale = torch.where(scale == 0, 1.0, scale)
-    codes = (w / scale).round().clamp(-8, 7).to(torch.int8)
+    codes = (w / scale).round_().clamp_(-8, 7).nan_to_num_(0).to(torch.int8)
     return {"weight_packed": pack(codes.flatten(-2)), "weight_scale": scale.squeeze(-1)}
 
 

@@ -6,20 +6,20 @@ and release weights: under ZeRO-3 a weight exists only inside its module's forwa
 
 from __future__ import annotations
 
-from types import FunctionType, MethodType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from qarl.errors import ConfigError
 from qarl.formats import QuantFormat
-from qarl.kernels.dispatch import choose
+from qarl.kernels.dispatch import choose, has_engine
 from qarl.kernels.linear import Arithmetic, Prepared, aligned_experts, aligned_linear
-from qarl.kernels.rotary import engine_rotary
 from qarl.kernels.routing import collect, route, row_weights, spread
-from qarl.trainer.attention import PACKED_ENGINE
+from qarl.trainer.chain import follow_engine
 
 
 class AlignedModel:
@@ -34,15 +34,31 @@ class AlignedModel:
         for name, shape in self.covered.items():
             format.check_shape(name, shape)
         self._prepared: dict[str, Prepared] = {}
-        self.backend = "none"
+        self._n_linear = sum(len(shape) > 1 and "embed_tokens" not in name for name, shape in shapes.items())
+        self._format, self.backend, self.follows_engine = format, "none", False
         if self.covered and backend != "none":
             self.backend = choose(format.name, backend, device_type, dtype)
             self._arithmetic = Arithmetic(format.name, format.group, self.backend, dtype)
             self._swap(model)
-            if self.backend == "engine":
-                assert isinstance(model, PreTrainedModel)
-                model.set_attn_implementation(PACKED_ENGINE)
-                _rotate_as_the_engine(model)
+            # `fused` computes the engine's products where the engine's own are too slow: the rest is then the engine's.
+            by_auto = backend == "auto" and self.backend == "fused" and has_engine(device_type, dtype)
+            self.follows_engine = self.backend == "engine" or by_auto
+        if self.follows_engine:
+            assert isinstance(model, PreTrainedModel)
+            follow_engine(model, device_type)
+
+    def describe(self) -> str:
+        """How the learner computes, in one line for the start of a run."""
+        if not self.covered:
+            return f"{self._format.name}: nothing is quantized"
+        covered = f"{len(self.covered)} of {self._n_linear} linear weights"
+        if self.backend == "none":
+            return f"{self._format.name}: not aligned (learner.backend is none); the sampler quantizes {covered}"
+        products = f"products {self.backend}"
+        if self._format.weight == "int4":
+            products += " (dequantized as Marlin does)"
+        other = "engine" if self.follows_engine else "torch"
+        return f"{self._format.name}: {products}, other ops {other}; {covered}"
 
     def invalidate(self) -> None:
         """Forget all codes: the weights have changed."""
@@ -53,12 +69,14 @@ class AlignedModel:
         module: Any  # whose forward is replaced
         for path, module in model.named_modules():
             own = {f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)} & left
-            is_linear = isinstance(module, nn.Linear)
+            is_linear, is_router = isinstance(module, nn.Linear), isinstance(module, Qwen3MoeTopKRouter)
             if own == {f"{path}.weight"} and is_linear:
                 module.forward = _Linear(self, module, f"{path}.weight")
             elif own == {f"{path}.gate_up_proj", f"{path}.down_proj"}:
                 module.forward = _Experts(self, module, path)
             else:
+                if is_router:
+                    module.forward = _Router(module)
                 continue
             left -= own
         if left:  # an architecture whose layers compute in a way not known here
@@ -67,7 +85,7 @@ class AlignedModel:
     def _of(self, name: str, weight: Tensor) -> Prepared | None:
         """Prepared once per version of the weight, also where gradient checkpointing runs a forward twice.
 
-        What is made of a weight that ZeRO-3 shards is not kept: all of it together is a whole model on every rank.
+        `None` for a weight that ZeRO-3 shards: all codes together are a whole model, on every rank.
         """
         if hasattr(weight, "ds_id"):
             return None
@@ -90,6 +108,7 @@ class _Linear:
     def __init__(self, aligned: AlignedModel, module: nn.Linear, name: str) -> None:
         self.aligned, self.module, self.name = aligned, module, name
 
+    @torch.compiler.disable
     def __call__(self, x: Tensor) -> Tensor:
         return self.aligned.linear(x, self.name, self.module.weight, self.module.bias)
 
@@ -100,6 +119,7 @@ class _Experts:
     def __init__(self, aligned: AlignedModel, module: Any, path: str) -> None:
         self.aligned, self.module, self.path = aligned, module, path
 
+    @torch.compiler.disable
     def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden [T, H], experts chosen for each token and their weights [T, top_k] -> [T, H]."""
         module, aligned = self.module, self.aligned
@@ -112,16 +132,17 @@ class _Experts:
         return collect(down, to)
 
 
-def _rotate_as_the_engine(model: nn.Module) -> None:
-    """Gives each attention module a forward that finds the engine's rotary embedding under the name transformers calls.
+class _Router:
+    """Forward of one router: as transformers computes it, but its weights stay float32, as in vLLM."""
 
-    The forward is the module's own code over its own globals, but for that one name: no other model is touched.
-    """
-    name = "apply_rotary_pos_emb"
-    for module in model.modules():
-        forward: Any = type(module).forward
-        if name in getattr(getattr(forward, "__code__", None), "co_names", ()):
-            names = {**forward.__globals__, name: engine_rotary}
-            own = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
-            own.__kwdefaults__ = forward.__kwdefaults__
-            module.forward = MethodType(own, module)
+    def __init__(self, module: Qwen3MoeTopKRouter) -> None:
+        self.module = module
+
+    def __call__(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden [*, H] -> logits [T, E], weights float32 and experts [T, top_k]."""
+        module = self.module
+        logits = F.linear(hidden.reshape(-1, module.hidden_dim), module.weight)
+        weights, experts = logits.softmax(-1, dtype=torch.float32).topk(module.top_k, dim=-1)
+        if module.norm_topk_prob:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return logits, weights, experts

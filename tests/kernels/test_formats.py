@@ -275,3 +275,35 @@ def test_quantizing_is_homogeneous_in_powers_of_two(name: str, seed: int, power:
     assert torch.equal(scaled["weight_scale"].float(), codes["weight_scale"].float() * 2.0**power)
     part = "weight_packed" if "weight_packed" in codes else "weight"
     assert torch.equal(codes[part].view(torch.uint8), scaled[part].view(torch.uint8))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_codes_do_not_depend_on_the_device(name: str) -> None:
+    weight = torch.cat([hostile_weight(), torch.randn(512, K)])
+    weight[8, 3], weight[9, 3] = float("nan"), float("inf")
+    for part, here in quantize(name, weight).items():
+        there = quantize(name, weight.cuda())[part].cpu()
+        assert torch.equal(here.view(torch.uint8), there.view(torch.uint8)) or torch.equal(
+            here.float().nan_to_num(7), there.float().nan_to_num(7)
+        ), part
+    codes = quantize(name, weight)
+    on_gpu = dequantize(name, {part: tensor.cuda() for part, tensor in codes.items()}).cpu()
+    assert torch.equal(dequantize(name, codes).nan_to_num(7), on_gpu.nan_to_num(7))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [0, 1, 3, 17])
+def test_the_integer_sum_is_exact_on_a_gpu(m: int) -> None:
+    """At shapes that torch._int_mm refuses, and sums beyond 2^24; TF32 may be switched on."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        for k in (33, 1040, 4100):
+            codes = {"weight": torch.randint(120, 128, (7, k), dtype=torch.int8), "weight_scale": torch.ones(7, 1)}
+            x = torch.randint(120, 128, (m, k))
+            x[:, 0] = 127
+            expected = (x @ codes["weight"].long().t()).float()
+            there = {part: tensor.cuda() for part, tensor in codes.items()}
+            assert torch.equal(load("w8a8_int8", "emulated").product(x.float().cuda(), there).cpu(), expected)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False

@@ -96,6 +96,28 @@ def test_experts_are_linear_layers_on_their_rows(name: str, backend: str) -> Non
         torch.testing.assert_close(grad(weight)[expert], grad(w1))
 
 
+@pytest.mark.parametrize(("name", "backend"), CASES)
+@pytest.mark.parametrize("kept", [True, False])
+def test_router_weights_multiply_rows_and_get_their_gradient(name: str, backend: str, kept: bool) -> None:
+    """Forward: the float32 product times the weight. Backward: torch's own autograd through a layer on the grid."""
+    how = arithmetic(name, backend)
+    x, weight, dy, w = leaf(10, K), leaf(4, N, K), torch.randn(10, N), torch.rand(10, requires_grad=True)
+    offsets = torch.tensor([3, 3, 4, 8])
+    prepared = how.prepare(weight) if kept else None
+    plain = aligned_experts(x, weight, offsets, how, prepared).detach()
+    y = aligned_experts(x, weight, offsets, how, prepared, w)
+    torch.testing.assert_close(y, plain * w[:, None], rtol=2**-22, atol=0)
+    y.backward(dy)
+
+    grid = how.dequantize(how.quantize(weight), torch.float32).requires_grad_()
+    x2, w2 = (t.detach().clone().requires_grad_() for t in (x, w))
+    expert = torch.tensor([0, 0, 0, 2, 3, 3, 3, 3])
+    y2 = (torch.einsum("mk,mnk->mn", x2[:8], grid[expert])) * w2[:8, None]
+    y2.backward(dy[:8])
+    for ours, theirs in ((x, x2), (weight, grid), (w, w2)):
+        torch.testing.assert_close(grad(ours), grad(theirs), rtol=1e-4, atol=1e-3)
+
+
 def test_experts_without_any_row() -> None:
     how, weight = arithmetic("w8a8_int8", "emulated"), leaf(3, N, K)
     y = aligned_experts(leaf(0, K), weight, torch.zeros(3, dtype=torch.int64), how)
@@ -121,6 +143,11 @@ def test_only_inputs_and_the_parameter_are_saved_and_it_may_leave_in_between(nam
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         aligned_linear(x, weight, None, how)
     assert saved == {x.data_ptr(), weight.data_ptr()}
+    prepared = how.prepare(weight)
+    saved.clear()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        aligned_linear(x, weight, None, how, prepared)
+    assert saved == {x.data_ptr()}, "and the codes, which the caller has"
 
     y = aligned_linear(x, weight, None, how)
     weight.data = torch.empty(0)
@@ -154,3 +181,127 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     again = torch.utils.checkpoint.checkpoint(lambda t: aligned_linear(t, weight, None, how), x, use_reentrant=False)
     again.square().sum().backward()
     assert torch.equal(grad(x), grads[0]) and torch.equal(grad(weight), grads[1])
+
+
+def test_the_codes_kept_are_what_the_backward_computes_with() -> None:
+    """Not the weight as it is by then."""
+    how, x, weight = arithmetic("w8a8_int8", "emulated"), leaf(4, K), leaf(N, K)
+    y = aligned_linear(x, weight, None, how, how.prepare(weight))
+    expected = torch.ones(4, N) @ how.dequantize(how.quantize(weight), torch.float32)
+    with torch.no_grad():
+        weight.mul_(3)
+    y.sum().backward()
+    torch.testing.assert_close(grad(x), expected)
+
+
+def test_a_compiled_function_gives_the_same_numbers() -> None:
+    """The graph breaks at ours; what lies around is traced."""
+    how, weight, x = arithmetic("w8a8_int8", "emulated"), leaf(4, N, K), leaf(10, K)
+    offsets = torch.tensor([3, 3, 4, 8])
+
+    def layer(x: Tensor) -> Tensor:
+        rows = aligned_linear(x.sin(), weight[0], None, how).cos()
+        return rows + aligned_experts(x.exp(), weight, offsets, how).tanh()
+
+    layer(x).sum().backward()
+    expected, x.grad = (layer(x).detach(), grad(x)), None
+    y = torch.compile(layer, backend="eager")(x)
+    y.sum().backward()
+    assert torch.equal(y.detach(), expected[0]) and torch.equal(grad(x), expected[1])
+
+
+ON_GPU = [(name, backend) for name in ("w8a8_int8", "w8a8_fp8", "w4a16") for backend in ("engine", "fused")]
+ON_GPU.remove(("w4a16", "engine"))
+
+
+def skip_where_refused(name: str, backend: str) -> None:
+    if reason := backends(name, "cuda", torch.bfloat16)[backend]:
+        pytest.skip(reason)
+
+
+def experts_on_gpu(features: tuple[int, int] = (384, 512)) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x, weight, offsets, router weights and dY: 6 experts of 0 to 300 rows, none of them a multiple of 8; 5 rows of none."""
+    n, k = features
+    counts = torch.tensor([37, 0, 300, 1, 0, 163])
+    m = int(counts.sum()) + 5
+    x, dy = (torch.randn(m, size, device="cuda").bfloat16() for size in (k, n))
+    weight = (torch.randn(len(counts), n, k, device="cuda") / k**0.5).bfloat16()
+    offsets = counts.cumsum(0).to("cuda", torch.int32)
+    return x.requires_grad_(), weight.requires_grad_(), offsets, torch.rand(m, device="cuda").requires_grad_(), dy
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "backend"), ON_GPU)
+@pytest.mark.parametrize("kept", [True, False])
+def test_experts_on_a_gpu_against_float64(name: str, backend: str, kept: bool) -> None:
+    """Gradients of the grouped products against float64 on the grid; an expert without rows has exactly none."""
+    skip_where_refused(name, backend)
+    how = arithmetic(name, backend, torch.bfloat16)
+    x, weight, offsets, w, dy = experts_on_gpu()
+    # Memory that torch hands out again is full of NaN: what is not written shows.
+    del_me = [torch.full((64, 1024, 1024), float("nan"), device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+    del del_me
+    y = aligned_experts(x, weight, offsets, how, how.prepare(weight.detach()) if kept else None, w)
+    y.backward(dy)
+    last = int(offsets[-1])
+    assert not y[last:].any() and not grad(x)[last:].any() and not grad(weight)[[1, 4]].any()
+    grid = how.dequantize(how.quantize(weight.detach()), torch.float32).double()
+    expert = torch.searchsorted(offsets, torch.arange(last, device="cuda"), right=True)
+    x64, w64, dy64 = x.detach()[:last].double(), w.detach()[:last, None].double(), dy[:last].double()
+    pulled = torch.stack([row @ grid[e] for row, e in zip(dy64, expert.tolist(), strict=True)])
+    torch.testing.assert_close(grad(x)[:last].double(), w64 * pulled, rtol=2**-6, atol=2**-5)
+    torch.testing.assert_close(grad(w)[:last].double(), (pulled * x64).sum(-1), rtol=2**-6, atol=1.0)
+    for e in range(len(weight)):
+        own = expert == e
+        exact = (dy64[own].t() @ (w64 * x64)[own]).float()
+        scale = float(exact.abs().max()) if own.any() else 1.0
+        torch.testing.assert_close(grad(weight)[e].float(), exact, rtol=2**-6, atol=2**-8 * scale)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "backend"), ON_GPU)
+def test_forward_on_a_gpu_is_near_the_definition(name: str, backend: str) -> None:
+    """int8: equal bit for bit but for ties of experts' inputs; fp8 and int4 to the order of float32 sums."""
+    skip_where_refused(name, backend)
+    how, definition = arithmetic(name, backend, torch.bfloat16), arithmetic(name, "emulated", torch.bfloat16)
+    x, weight, offsets, w, _ = (t.detach() for t in experts_on_gpu())
+    cases = [
+        (aligned_linear(x, weight[0], None, a), aligned_experts(x, weight, offsets, a, None, w))
+        for a in (how, definition)
+    ]
+    for ours, theirs in zip(*cases, strict=True):
+        scale = theirs.float().abs().mean()
+        assert (ours.float() - theirs.float()).abs().mean() <= 2e-3 * scale
+        assert (ours == theirs).float().mean() > (0.999 if name == "w8a8_int8" and ours is cases[0][0] else 0.8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "backend"), ON_GPU)
+def test_experts_on_a_gpu_never_wait_for_the_device(name: str, backend: str) -> None:
+    skip_where_refused(name, backend)
+    how = arithmetic(name, backend, torch.bfloat16)
+    x, weight, offsets, w, dy = experts_on_gpu()
+    prepared = how.prepare(weight.detach())
+    for mode in ("default", "error"):  # the first compiles kernels
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            aligned_experts(x, weight, offsets, how, prepared, w).backward(dy)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_no_16_bit_copy_of_a_weight_is_kept_on_a_gpu() -> None:
+    """Codes are half of bfloat16's bytes, or a quarter; nothing else may stay after `prepare`."""
+    for name, backend in ON_GPU:
+        if backends(name, "cuda", torch.bfloat16)[backend]:
+            continue
+        how = arithmetic(name, backend, torch.bfloat16)
+        weight = torch.randn(8, 512, 1024, device="cuda", dtype=torch.bfloat16)
+        how.prepare(weight)  # compiles kernels
+        before = torch.cuda.memory_allocated()
+        prepared = how.prepare(weight)
+        kept = torch.cuda.memory_allocated() - before
+        assert kept <= (0.27 if name == "w4a16" else 0.52) * weight.nbytes, (name, backend, kept / weight.nbytes)
+        del prepared

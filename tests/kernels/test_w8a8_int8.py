@@ -10,6 +10,7 @@ which it ships three builds (all three were compared, on one machine):
 from __future__ import annotations
 
 import gc
+from typing import Any
 
 import numpy as np
 import pytest
@@ -130,7 +131,7 @@ def test_engine_against_emulated(shape: tuple[int, int, int], dtype: torch.dtype
 
 @needs_engine
 def test_engine_takes_no_rows_and_non_contiguous_rows() -> None:
-    prepared = w8a8_int8_engine.prepare(quantize(torch.randn(16, 32)), None, torch.float32)
+    prepared: Any = w8a8_int8_engine.prepare(quantize(torch.randn(16, 32)), None, torch.float32)
     assert w8a8_int8_engine.product(torch.empty(0, 32), prepared).shape == (0, 16)
     x = torch.randn(32, 5).t()
     assert torch.equal(w8a8_int8_engine.product(x, prepared), w8a8_int8_engine.product(x.contiguous(), prepared))
@@ -139,7 +140,7 @@ def test_engine_takes_no_rows_and_non_contiguous_rows() -> None:
 @needs_engine
 def test_engine_rows_that_are_not_finite_touch_no_other_row() -> None:
     """inf shows in its whole row, as in `emulated`; NaN may be lost in its row (it becomes code 0), but stays in it."""
-    prepared = w8a8_int8_engine.prepare(quantize(torch.randn(16, 64)), None, torch.float32)
+    prepared: Any = w8a8_int8_engine.prepare(quantize(torch.randn(16, 64)), None, torch.float32)
     x = torch.randn(4, 64)
     clean = w8a8_int8_engine.product(x, prepared)
     x[1, 3], x[2, 3] = float("inf"), float("nan")
@@ -152,7 +153,7 @@ def test_engine_rows_that_are_not_finite_touch_no_other_row() -> None:
 def test_prepared_outlives_the_codes_it_was_made_of() -> None:
     """oneDNN's handle points into the scales: vLLM's own reload frees them and computes NaN."""
     codes, x = quantize(torch.randn(64, 64)), torch.randn(5, 64)
-    prepared = w8a8_int8_engine.prepare(codes, None, torch.float32)
+    prepared: Any = w8a8_int8_engine.prepare(codes, None, torch.float32)
     before = w8a8_int8_engine.product(x, prepared)
     del codes
     gc.collect()
@@ -178,7 +179,7 @@ def test_engine_follows_vllms_layer_call_for_call() -> None:
     theirs = CPUInt8ScaledMMLinearKernel(config, names)
     theirs.process_weights_for_onednn(layer)
     x, bias = torch.randn(7, 64), torch.randn(96)
-    prepared = w8a8_int8_engine.prepare(codes, None, torch.float32)
+    prepared: Any = w8a8_int8_engine.prepare(codes, None, torch.float32)
     assert torch.equal(w8a8_int8_engine.product(x, prepared), theirs._apply_weights_onednn(layer, x))
     assert torch.equal(w8a8_int8_engine.product(x, prepared, bias), theirs._apply_weights_onednn(layer, x, bias))
 

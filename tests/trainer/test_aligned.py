@@ -11,6 +11,7 @@ from qarl import formats
 from qarl.errors import ConfigError
 from qarl.formats import get
 from qarl.kernels.dispatch import load
+from qarl.trainer import aligned as aligned_module
 from qarl.trainer.aligned import AlignedModel
 from qarl.trainer.attention import PACKED, positions
 
@@ -117,6 +118,78 @@ def test_stale_codes_are_served_until_invalidated(models):
         assert torch.equal(logits(model), before)
         aligned.invalidate()
         assert not torch.allclose(logits(model), before)
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "line"),
+    [
+        ("bf16", "auto", "bf16: nothing is quantized"),
+        (
+            "w8a8_fp8",
+            "none",
+            "w8a8_fp8: not aligned (learner.backend is none); the sampler quantizes 14 of 15 linear weights",
+        ),
+        ("w8a8_fp8", "emulated", "w8a8_fp8: products emulated, other ops torch; 14 of 15 linear weights"),
+        (
+            "w4a16_g32",
+            "emulated",
+            "w4a16_g32: products emulated (dequantized as Marlin does), other ops torch; 14 of 15 linear weights",
+        ),
+    ],
+)
+def test_one_line_says_how_it_computes(models, name, backend, line):
+    assert AlignedModel(open_model(models["dense"]), get(name), backend, "cpu", torch.float32).describe() == line
+
+
+@pytest.mark.parametrize(
+    ("requested", "chosen", "here", "follows"),
+    [
+        ("auto", "engine", True, True),
+        ("engine", "engine", True, True),
+        ("auto", "fused", True, True),
+        ("auto", "fused", False, False),
+        ("fused", "fused", True, False),
+        ("auto", "emulated", True, False),
+    ],
+)
+def test_other_ops_are_the_engines_where_its_values_are_wanted(models, monkeypatch, requested, chosen, here, follows):
+    """With `auto` and int4 on a GPU the products are ours, and the rest is vLLM's."""
+    followed = []
+    monkeypatch.setattr(aligned_module, "choose", lambda *arguments: chosen)
+    monkeypatch.setattr(aligned_module, "has_engine", lambda *arguments: here)
+    monkeypatch.setattr(aligned_module, "follow_engine", lambda model, device: followed.append(device))
+    aligned = AlignedModel(open_model(models["dense"]), get("w4a16_g32"), requested, "cpu", torch.float32)
+    assert aligned.backend == chosen and aligned.follows_engine == follows
+    assert followed == (["cpu"] if follows else [])
+    assert f"other ops {'engine' if follows else 'torch'}" in aligned.describe()
+
+
+def test_router_weights_of_a_bfloat16_model_are_float32(models):
+    """vLLM's are. In float32 nothing changes: the logits above agree with transformers'."""
+    model = AutoModelForCausalLM.from_pretrained(models["moe"], dtype=torch.bfloat16)
+    router = model.model.layers[0].mlp.gate
+    hidden = torch.randn(5, router.hidden_dim, generator=torch.Generator().manual_seed(0)).bfloat16()
+    logits, rounded, experts = router(hidden)
+    AlignedModel(model, get("w8a8_int8"), "emulated", "cpu", torch.bfloat16)
+    same_logits, weights, same_experts = router(hidden)
+    assert rounded.dtype == torch.bfloat16 and weights.dtype == torch.float32
+    assert torch.equal(logits, same_logits) and torch.equal(experts, same_experts)
+    assert torch.equal(weights.bfloat16(), rounded)
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_a_compiled_model_gives_the_same_numbers(models, kind):
+    """Its graph breaks at the aligned layers; what lies between is traced."""
+    model = open_model(models[kind])
+    AlignedModel(model, get("w8a8_int8"), "emulated", "cpu", torch.float32)
+    expected = logits(model)
+    expected.square().sum().backward()
+    grads = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    compiled = logits(torch.compile(model, backend="eager"))
+    compiled.square().sum().backward()
+    assert torch.equal(compiled, expected)
+    assert all(torch.equal(parameter.grad, grads[name]) for name, parameter in model.named_parameters())
 
 
 def test_a_layer_without_aligned_forward_is_refused():
