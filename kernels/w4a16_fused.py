@@ -82,8 +82,9 @@ def grouped_product(x: Tensor, operand: _Operand, offsets: Tensor, row_weights: 
     offsets = offsets.to(torch.int32)
     y = torch._grouped_mm(x.contiguous(), weight.transpose(-2, -1), offs=offsets)
     # A tile of 16 rows loops over the columns: few programs, since all but the last leave at once without row_weights.
+    grid = (triton.cdiv(len(y), 16),)
     with torch.cuda.device_of(y):
-        _finish_kernel[triton.cdiv(len(y), 16),](
+        _finish_kernel[grid](
             y,
             offsets[-1:],
             y if row_weights is None else row_weights.contiguous(),
