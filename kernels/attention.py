@@ -1,20 +1,35 @@
 """Causal attention over packed sequences: T tokens of whole sequences end to end, none of which sees another.
 
-`emulated` is the definition in plain torch. `engine` is vLLM's own CPU kernel, forward; backward is the definition's. Under a
-low-bit format the last bit of attention matters: an activation that rounds to another int8 code moves every layer after it, and
-in a deep model a float32 summation order is enough to make two exact INT8 pipelines as different as two formats.
+`attention` is the definition in plain torch. `flash_attention` is torch's FlashAttention-2 (CUDA, 16 bit). `engine_attention` is
+the kernel that vLLM runs, forward; backward is FlashAttention-2's on CUDA and the definition's on CPU. Under a low-bit format the
+last bit of attention matters: an activation that rounds to another int8 code moves every layer after it, and in a deep model a
+float32 summation order is enough to make two exact INT8 pipelines as different as two formats.
+
+On CUDA vLLM runs FlashAttention-3, which sums over keys in blocks counted from the first key, last block first. A row comes out
+the same in the bits whether it is computed with its whole sequence (the learner; a prompt) or alone over the paged cache (decoding)
+if the blocks are equally long and no row is split over several programs (num_splits = 1). Blocks are 128 keys in every case for
+heads of 97 to 128; so are they for heads of up to 64 but in decoding, where they are 192: equal bits up to 128 keys, not beyond.
+Heads of 65 to 96 and 129 to 192 have other blocks where the cache is paged (hopper/tile_size.h and flash_api.cpp of
+vllm-project/flash-attention).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 BLOCK = 128
 """Tokens of a block of vLLM's KV cache on CPU, its default there."""
+FLASH_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def cumulative_lengths(lengths: list[int], device: torch.device | str = "cpu") -> Tensor:
+    """int32 [S + 1]: where each of S sequences starts, and T: what FlashAttention calls cu_seqlens."""
+    return pad(torch.tensor(lengths).cumsum(0), (1, 0)).int().to(device)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float | None = None) -> Tensor:
@@ -31,9 +46,89 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float 
     return torch.cat(outputs, dim=2)[0]
 
 
-def engine_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float | None = None) -> Tensor:
-    """The same, computed by the kernel that the engine runs (CPU). Shapes as in `attention`."""
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float | None = None, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """The same in one call (CUDA, bfloat16 or float16). `cu_seqlens`: `cumulative_lengths` on the device, where they are at hand:
+    made here they are a copy from the host."""
+    return _flash(_flash_forward, q, k, v, lengths, scale, cu_seqlens)
+
+
+def engine_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float | None = None, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """The same, computed by the kernel that the engine runs on this device. Arguments as in `flash_attention`."""
+    if q.is_cuda:
+        return _flash(_engine_flash_forward, q, k, v, lengths, scale, cu_seqlens)
     return _EngineAttention.apply(q, k, v, lengths, scale or q.shape[-1] ** -0.5)
+
+
+def _flash(
+    compute: Callable[..., tuple[Tensor, Tensor]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: list[int],
+    scale: float | None,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    starts = cumulative_lengths(lengths, q.device) if cu_seqlens is None else cu_seqlens
+    longest = max(2, *lengths)  # 1 would be taken for decoding, a path without a backward
+    rows = (x.transpose(0, 1) for x in (q, k, v))
+    return _FlashAttention.apply(*rows, starts, longest, scale or q.shape[-1] ** -0.5, compute).transpose(0, 1)
+
+
+class _FlashAttention(torch.autograd.Function):
+    """q [T, H, D]; k, v [T, H_kv, D] -> [T, H, D]. Either forward also gives log-sum-exp, float32 [H, T], all a backward needs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scale: float, compute: Any
+    ) -> Tensor:
+        y, logsumexp = compute(q, k, v, starts, longest, scale)
+        ctx.save_for_backward(q, k, v, y, logsumexp, starts)
+        ctx.longest, ctx.scale = longest, scale
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, y, logsumexp, starts = ctx.saved_tensors
+        unused = torch.zeros(2, dtype=torch.uint64, device=q.device)  # random state, of a dropout of 0
+        ends = (starts, starts, ctx.longest, ctx.longest)
+        grads = torch.ops.aten._flash_attention_backward(
+            grad, q, k, v, y, logsumexp, *ends, 0.0, True, unused, unused, scale=ctx.scale
+        )
+        return (*grads, None, None, None, None)
+
+
+def _flash_forward(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    return torch.ops.aten._flash_attention_forward(
+        q, k, v, starts, starts, longest, longest, 0.0, True, False, scale=scale
+    )[:2]
+
+
+def _engine_flash_forward(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The call of vLLM's `FlashAttentionImpl`, with keys and values as they are for its paged cache."""
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        max_seqlen_q=longest,
+        cu_seqlens_q=starts,
+        max_seqlen_k=longest,
+        cu_seqlens_k=starts,
+        softmax_scale=scale,
+        causal=True,
+        return_softmax_lse=True,
+        num_splits=1,
+        fa_version=3,
+    )
 
 
 class _EngineAttention(torch.autograd.Function):
@@ -59,7 +154,7 @@ def _engine_prefill(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: 
     heads, kv_heads, width = len(q), len(k), q.shape[-1]
     isa = _get_attn_isa(q.dtype, BLOCK, width)
     n_tokens = torch.tensor(lengths, dtype=torch.int32)
-    starts = torch.nn.functional.pad(n_tokens.cumsum(0, dtype=torch.int32), (1, 0))
+    starts = cumulative_lengths(lengths)
     blocks = (n_tokens + BLOCK - 1) // BLOCK
     first = blocks.cumsum(0, dtype=torch.int32) - blocks
     # A table may name blocks beyond a sequence's own: they are not read.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qarl.kernels.attention import cumulative_lengths
 from qarl.kernels.logprob import chunked_logprobs
 from qarl.records import MicroBatch
 from qarl.trainer.attention import positions
@@ -27,6 +28,8 @@ class Packed(NamedTuple):
     """int64 [1, T], from 0 in every sequence."""
     sequence_lengths: list[int]
     """Add up to T."""
+    cu_seqlens: Tensor
+    """int32 [sequences + 1]: the same as attention kernels take it."""
     sources: Tensor
     """int64 [R]: where the hidden state stands that predicts each response token, one place before it."""
     targets: Tensor
@@ -50,7 +53,8 @@ def to_tensors(batch: MicroBatch, device: torch.device) -> Packed:
 
     ints = [int(length) for length in lengths]
     row = tensor(tokens)[None]
-    return Packed(row, positions(ints, device), ints, tensor(where - 1), tensor(tokens[where]), tensor(sequence))
+    where_they_are = (row, positions(ints, device), ints, cumulative_lengths(ints, device))
+    return Packed(*where_they_are, tensor(where - 1), tensor(tokens[where]), tensor(sequence))
 
 
 class Policy(nn.Module):
@@ -69,6 +73,7 @@ class Policy(nn.Module):
             input_ids=packed.tokens,
             position_ids=packed.positions,
             sequence_lengths=packed.sequence_lengths,
+            cu_seqlens=packed.cu_seqlens,
             use_cache=False,
         ).last_hidden_state[0]
         return self.model.lm_head(hidden[packed.sources], packed.targets, temperature or self.temperature)

@@ -1,11 +1,12 @@
-"""Packed attention and rotary embedding: the definitions against float64, vLLM's ops against the definitions, both ways."""
+"""Packed attention: the definition against float64, kernels against the definition, both ways."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from qarl.kernels.attention import BLOCK, attention, engine_attention
+from qarl.kernels.attention import BLOCK, attention, cumulative_lengths, engine_attention, flash_attention
 from qarl.kernels.dispatch import backends
-from qarl.kernels.rotary import engine_rotary, rotary
 
 engine = pytest.mark.skipif(
     backends("w8a8_int8", "cpu", torch.float32)["engine"] is not None, reason="this machine's vLLM has no CPU ops"
@@ -67,6 +68,11 @@ def test_engine_gives_a_sequence_the_same_bits_whatever_it_is_packed_with():
         start += length
 
 
+def test_cumulative_lengths_start_at_zero_and_end_at_the_total():
+    starts = cumulative_lengths([3, 1, 2])
+    assert starts.dtype == torch.int32 and starts.tolist() == [0, 3, 4, 6]
+
+
 @engine
 def test_nan_stays_in_its_own_sequence():
     q, k, v = (x.detach() for x in qkv([4, 6]))
@@ -75,29 +81,114 @@ def test_nan_stays_in_its_own_sequence():
     assert y[:, 1:4].isnan().any() and y[:, 4:].isfinite().all()
 
 
-def angles(n_tokens, width):
-    table = torch.arange(n_tokens)[:, None] * 100.0 ** -(torch.arange(0, width, 2) / width)
-    table = torch.cat([table, table], -1)
-    return table.cos(), table.sin()
+FLASH: dict[str, Callable[..., torch.Tensor]] = {"flash": flash_attention, "engine": engine_attention}
 
 
-def test_rotary_turns_each_pair_by_its_angle():
-    x, (cos, sin) = torch.randn(3, 5, 8, dtype=torch.float64), angles(5, 8)
-    turned = torch.complex(x[..., :4], x[..., 4:]) * torch.complex(cos, sin)[:, :4].to(torch.complex128)
-    torch.testing.assert_close(rotary(x, cos, sin), torch.cat([turned.real, turned.imag], -1), rtol=1e-6, atol=1e-6)
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FLASH)
+@pytest.mark.parametrize("heads, kv_heads, width", [(16, 8, 128), (9, 3, 64), (4, 4, 64)])
+@pytest.mark.parametrize(
+    "lengths", [[1], [1] * 50, [5, 1, 9], [127, 1, 129, 300], [3] * 400, [2050]], ids=lambda x: str(x[:4])
+)
+def test_flash_computes_the_definition_forward_and_backward(name, heads, kv_heads, width, lengths):
+    """bfloat16 keeps 8 bits: an output is rounded once, and before it each weight of its sum."""
+    inputs = [x.detach().cuda().requires_grad_() for x in qkv(lengths, torch.bfloat16, heads, kv_heads, width)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    y, expected = FLASH[name](*inputs, lengths), attention(exact[0], exact[1], exact[2], lengths)
+    assert y.dtype == torch.bfloat16 and y.shape == inputs[0].shape
+    assert (y - expected).abs().max() <= 2**-8 * (expected.abs().max() + inputs[2].abs().max())
+    weights = torch.randn_like(expected).bfloat16()
+    ours = torch.autograd.grad(y, inputs, weights)
+    # Five roundings of relative size 2^-9 each lie on the way to a gradient, of a size that sums of them keep.
+    for mine, theirs in zip(ours, torch.autograd.grad(expected, exact, weights.double()), strict=True):
+        assert (mine - theirs).norm() <= 0.01 * theirs.norm() + 1e-4 * theirs.numel() ** 0.5
 
 
-@engine
-@pytest.mark.parametrize("n_tokens", [1, 37])
-def test_engine_rotary_computes_the_definition_forward_and_backward(n_tokens):
-    q, k, _ = qkv([n_tokens])
-    cos, sin = angles(n_tokens, 32)
-    before = q.detach().clone()
-    mine = engine_rotary(q[None], k[None], cos[None], sin[None])
-    assert torch.equal(q.detach(), before)  # the op writes in place, into a copy
-    for x, y in ((q, mine[0][0]), (k, mine[1][0])):
-        expected = rotary(x, cos, sin)
-        torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)  # one rounding less, by a fused multiply-add
-        weights = torch.randn_like(y)
-        ours = torch.autograd.grad(y, x, weights, retain_graph=True)[0]
-        torch.testing.assert_close(ours, torch.autograd.grad(expected, x, weights)[0], rtol=1e-6, atol=1e-6)
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FLASH)
+def test_flash_does_not_wait_for_the_device(name):
+    """Neither the forward nor the backward of a layer, given what a forward of the model makes once."""
+    lengths = [5, 200, 1]
+    inputs = [x.detach().cuda().requires_grad_() for x in qkv(lengths, torch.bfloat16, 4, 2, 128)]
+    starts = cumulative_lengths(lengths, "cuda")
+    FLASH[name](*inputs, lengths, cu_seqlens=starts).sum().backward()  # what is loaded or allocated once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        FLASH[name](*inputs, lengths, cu_seqlens=starts).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def paged(k, v, page=16):
+    """Keys and values [H_kv, T, D] as vLLM has them: pages of [page, H_kv, 2 D], the last one filled up with rubbish."""
+    rows = torch.cat([k, v], -1).transpose(0, 1)
+    pages = -(-len(rows) // page)
+    cache = torch.full((pages, page, len(k), 2 * k.shape[-1]), 7.0, dtype=k.dtype, device=k.device)
+    cache.view(pages * page, len(k), -1)[: len(rows)] = rows
+    return cache.split(k.shape[-1], dim=-1), torch.arange(pages, dtype=torch.int32, device=k.device)
+
+
+def decoded(q, k, v, n_tokens, scheduled):
+    """The last rows of one sequence over its paged cache, `n_tokens` of them in each of as many requests as there are rows for."""
+    from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
+
+    (keys, values), pages = paged(k, v)
+    heads, total, width = q.shape
+    ends = torch.arange(n_tokens, total + 1, n_tokens, dtype=torch.int32, device="cuda")
+    starts = torch.arange(len(ends) + 1, dtype=torch.int32, device="cuda") * n_tokens
+    rows = q.transpose(0, 1)[: len(ends) * n_tokens].contiguous()
+    metadata = None
+    if scheduled:  # as where vLLM plans a step ahead
+        metadata = get_scheduler_metadata(
+            len(ends),
+            n_tokens,
+            total,
+            heads,
+            len(k),
+            width,
+            ends,
+            cu_seqlens_q=starts,
+            page_size=16,
+            causal=True,
+            num_splits=1,
+        )
+    y = flash_attn_varlen_func(
+        rows,
+        keys,
+        values,
+        max_seqlen_q=n_tokens,
+        cu_seqlens_q=starts,
+        max_seqlen_k=total,
+        seqused_k=ends,
+        softmax_scale=width**-0.5,
+        causal=True,
+        block_table=pages.expand(len(ends), -1).contiguous(),
+        scheduler_metadata=metadata,
+        num_splits=1,
+        fa_version=3,
+    )
+    return y.transpose(0, 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheduled", [False, True])
+@pytest.mark.parametrize("n_tokens", [1, 50])
+@pytest.mark.parametrize("heads, kv_heads, width, equal_up_to", [(16, 8, 128, 900), (32, 4, 128, 900), (9, 3, 64, 128)])
+def test_engine_gives_a_row_the_same_bits_in_decoding(heads, kv_heads, width, equal_up_to, n_tokens, scheduled):
+    """What lets a learner follow tokens that were sampled one at a time, and prompts that were computed in pieces."""
+    q, k, v = (x.detach().cuda() for x in qkv([900], torch.bfloat16, heads, kv_heads, width))
+    whole = engine_attention(q, k, v, [900])
+    rows = decoded(q, k, v, n_tokens, scheduled)[:, :equal_up_to]
+    different = (rows != whole[:, :equal_up_to]).flatten(2).any(-1).any(0).nonzero().flatten()
+    assert not len(different), f"{len(different)} rows, the first {different[:5].tolist()}"
+
+
+@pytest.mark.gpu
+def test_engine_on_cuda_gives_a_sequence_the_same_bits_whatever_it_is_packed_with():
+    lengths = [50, 7, 900]
+    q, k, v = (x.detach().cuda() for x in qkv(lengths, torch.bfloat16, 16, 8, 128))
+    packed, start = engine_attention(q, k, v, lengths), 0
+    for length in lengths:
+        part = slice(start, start + length)
+        assert torch.equal(packed[:, part], engine_attention(q[:, part], k[:, part], v[:, part], [length]))
+        start += length

@@ -1,11 +1,14 @@
 """Packed attention against transformers' own, one unpacked sequence at a time."""
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from qarl.kernels.attention import attention
-from qarl.trainer.attention import PACKED, packed_attention, positions
+from qarl.records import MicroBatch
+from qarl.trainer.attention import PACKED, _register, packed_attention, positions
+from qarl.trainer.policy import Policy, to_tensors
 
 LENGTHS = [5, 1, 12, 3]
 
@@ -45,3 +48,31 @@ def test_lengths_that_do_not_add_up_are_refused():
     q = torch.zeros(1, 2, 7, 4)
     with pytest.raises(ValueError, match="whole sequences"):
         packed_attention(attention, q, q, q, None, [3, 3], None)
+
+
+def test_a_window_shorter_than_a_sequence_is_refused():
+    q = torch.zeros(1, 2, 7, 4)
+    for window in (None, 4, 7):
+        packed_attention(lambda q, *_: q, q, q, q, None, [3, 4], None, sliding_window=window)
+    with pytest.raises(ValueError, match="no window: 3 tokens of 4"):
+        packed_attention(lambda q, *_: q, q, q, q, None, [3, 4], None, sliding_window=3)
+
+
+def test_a_forward_of_the_policy_hands_lengths_to_the_kernels(models, monkeypatch):
+    """Made once for all layers, on the device."""
+    given = []
+
+    def spy(q, k, v, lengths, scale, cu_seqlens):
+        given.append((lengths, cu_seqlens))
+        return attention(q, k, v, lengths, scale)
+
+    _register("spied", spy)
+    model = AutoModelForCausalLM.from_pretrained(models["dense"], attn_implementation="spied")
+    tokens, prompts = np.arange(sum(LENGTHS), dtype=np.int32), np.array([2, 1, 4, 1], np.int32)
+    responses = np.zeros(sum(LENGTHS) - prompts.sum(), np.float32)
+    batch = MicroBatch(tokens, np.array(LENGTHS, np.int32), prompts, responses, responses, responses)
+    packed = to_tensors(batch, torch.device("cpu"))
+    Policy(model, 1.0, 8)(packed)
+    assert len(given) == model.config.num_hidden_layers
+    assert all(lengths == LENGTHS and starts is packed.cu_seqlens for lengths, starts in given)
+    assert packed.cu_seqlens.tolist() == [0, 5, 6, 18, 21]

@@ -1,0 +1,118 @@
+"""Everything between the quantized products as the engine computes it: attention, rotary embedding and, on CUDA, norms.
+
+Exact products are not enough: a last bit in one of these moves an activation to another code, and codes that differ cascade over
+layers until the learner is as far from the engine as an unaligned one. On CPU vLLM norms as transformers does; silu(gate) * up is
+computed alike on both devices.
+"""
+
+from __future__ import annotations
+
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qarl.errors import ConfigError
+from qarl.kernels.norm import engine_rms_norm
+from qarl.kernels.rotary import ROPE_TYPES, engine_rotary, rotary_table
+from qarl.trainer.attention import PACKED_ENGINE
+
+ARCHITECTURES = ("llama", "qwen3", "qwen3_moe")
+"""`model_type` of the models whose every op between products is known here. SmolLM2 is a llama."""
+_ALONE = ("q_norm", "k_norm")
+_AFTER_ADDITION = ("input_layernorm", "post_attention_layernorm", "norm")
+
+
+def follow_engine(model: PreTrainedModel, device_type: str) -> None:
+    """Swaps forwards in place. Raises `ConfigError` where it is not known how the engine computes this model."""
+    config: Any = model.config
+    if config.model_type not in ARCHITECTURES:
+        _refuse(f"the engine's forward of {config.model_type!r} is not known (known: {', '.join(ARCHITECTURES)})")
+    _rotate_as_the_engine(model)
+    if device_type == "cuda":
+        _check_heads(config)
+        _norm_as_the_engine(model)
+        _tabulate_as_the_engine(model)
+    model.set_attn_implementation(PACKED_ENGINE)
+
+
+def _refuse(why: str) -> None:
+    raise ConfigError(f"learner.backend: engine: {why}; choices: 'fused', 'emulated', 'none'")
+
+
+def _head_size(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _check_heads(config: Any) -> None:
+    size = _head_size(config)
+    if 64 < size <= 96 or 128 < size <= 192:
+        _refuse(f"its attention sums heads of {size} in another order over its cache than over a whole sequence")
+    parameters = config.rope_parameters
+    rope = parameters.get("rope_type", "default")
+    if rope not in ROPE_TYPES or parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        _refuse(f"its table of rotary type {rope!r} is not known (known: {', '.join(ROPE_TYPES)}, of whole heads)")
+
+
+def _rotate_as_the_engine(model: nn.Module) -> None:
+    """Gives each attention module a forward that finds the engine's rotary embedding under the name transformers calls.
+
+    The forward is the module's own code over its own globals, but for that one name: no other model is touched.
+    """
+    name = "apply_rotary_pos_emb"
+    for module in model.modules():
+        forward: Any = type(module).forward
+        if name in getattr(getattr(forward, "__code__", None), "co_names", ()):
+            names = {**forward.__globals__, name: engine_rotary}
+            own = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+            own.__kwdefaults__ = forward.__kwdefaults__
+            module.forward = MethodType(own, module)
+
+
+def _norm_as_the_engine(model: nn.Module) -> None:
+    module: Any  # whose forward is replaced
+    for path, module in model.named_modules():
+        if not type(module).__name__.endswith("RMSNorm"):
+            continue
+        name = path.rpartition(".")[2]
+        if name not in _ALONE + _AFTER_ADDITION:
+            _refuse(f"what the engine does before the norm {path!r} is not known")
+        # Nothing has been added yet where the first layer starts.
+        module.forward = _Norm(module, name in _AFTER_ADDITION and not path.endswith("layers.0.input_layernorm"))
+
+
+def _tabulate_as_the_engine(model: nn.Module) -> None:
+    module: Any  # whose forward is replaced
+    for module in model.modules():
+        if type(module).__name__.endswith("RotaryEmbedding"):
+            module.forward = _Angles(module.config)
+
+
+class _Norm:
+    """Forward of one norm."""
+
+    def __init__(self, module: Any, after_addition: bool) -> None:
+        self.module, self.after_addition = module, after_addition
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        module = self.module
+        return engine_rms_norm(hidden_states, module.weight, module.variance_epsilon, self.after_addition)
+
+
+class _Angles:
+    """Forward of the module that gives transformers cos and sin: they are read from a table, made when a device is known."""
+
+    def __init__(self, config: Any) -> None:
+        self.width, self.n_positions = _head_size(config), config.max_position_embeddings
+        self.parameters = config.rope_parameters
+        self.table: Tensor | None = None
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """position_ids [1, T] -> cos and sin [1, T, D], both halves equal, in x's dtype."""
+        if self.table is None or self.table.device != x.device or self.table.dtype != x.dtype:
+            self.table = rotary_table(self.width, self.n_positions, self.parameters, x.dtype, x.device)
+        cos, sin = self.table[position_ids].chunk(2, dim=-1)
+        return torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
