@@ -47,6 +47,9 @@ ROWS = (128, 1024, 8192, 16384, 65536)
 #: Where `emulated` is measured too, once, and a step that quantizes the weight.
 EMULATED, QUANTIZED = ("8B o", 1024), ("8B gate_up", 16384)
 
+#: As vLLM's linear layers call its op.
+PER_TOKEN: dict[str, Any] = {"use_per_token_if_dynamic": True}
+
 BANDWIDTH = Bar("quantize, dequantize: share of copy bandwidth", "share", 0.70, at_least=True)
 TRAIN = {
     "w4a16": Bar("w4a16 dense forward + backward, M >= 8192", "ratio", 1.05),
@@ -58,7 +61,7 @@ INFER = Bar("w8a8 dense forward, M >= 8192", "ratio", 1 / 1.6)
 def quantize(report: Report, ceilings: Ceilings, tiny: bool) -> None:
     """Weights of every format to codes and back, tokens to codes."""
     for layer, shape in {"tiny": (64, 128)}.items() if tiny else WEIGHTS.items():
-        weights = rotated(partial(_inputs, shape))
+        weights = rotated(partial(_random, shape))
         for name in FORMATS:
             n_bytes = weights[0][0].numel() * (2 + formats.get(name).bits_per_weight(shape) / 8)
             for what in ("quantize", "dequantize"):
@@ -66,7 +69,7 @@ def quantize(report: Report, ceilings: Ceilings, tiny: bool) -> None:
                 report.add(row, partial(_share, _codes_of(name, what, weights), n_bytes, ceilings), BANDWIDTH)
         free()
     for layer, shape in {"tokens tiny": (16, 128)}.items() if tiny else TOKENS.items():
-        tokens = rotated(partial(_inputs, shape))
+        tokens = rotated(partial(_random, shape))
         n_bytes = tokens[0][0].numel() * 3 + 4 * shape[0]
         for name, backend in layers.contenders(("w8a8_int8", "w8a8_fp8")):
             row = {"group": "quantize", "layer": layer, "format": name, "backend": backend, "pass": "tokens"}
@@ -89,6 +92,14 @@ def _codes_of(name: str, what: str, weights: list[tuple]) -> Callable[[], float]
 def _tokens_of(name: str, backend: str, tokens: list[tuple]) -> Callable[[], float]:
     def measure() -> float:
         layers.arithmetic(name, backend)  # refuses
+        if backend == "engine":
+            from vllm import _custom_ops as ops
+
+            own: dict[str, Callable[..., object]] = {
+                "w8a8_int8": ops.scaled_int8_quant,
+                "w8a8_fp8": partial(ops.scaled_fp8_quant, **PER_TOKEN),
+            }
+            return median_ms(own[name], tokens)
         module: Any = load(name, backend)
         return median_ms(module.quantize_tokens, tokens)
 
@@ -104,7 +115,7 @@ def dense(report: Report, ceilings: Ceilings, tiny: bool) -> None:
     """Linear layers, forward and forward + backward, against `F.linear`."""
     for layer, (n, k) in {"tiny": (32, 128)}.items() if tiny else LINEARS.items():
         for m in (5, 16) if tiny else ROWS:
-            sets = rotated(partial(_inputs, (m, k), (n, k), (m, n)))
+            sets = rotated(partial(_linear, m, n, k))
             at = {"group": "dense", "layer": layer, "m": m}
             for training in (False, True):
                 passes = "fwd+bwd" if training else "fwd"
@@ -176,9 +187,13 @@ def _dense_bars(name: str, backend: str, m: int, training: bool) -> tuple[Bar, .
     return () if name == "w4a16" else (INFER,)
 
 
-def _inputs(*shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
-    """Random bf16 leaves."""
-    return tuple(layers.leaf(*shape) for shape in shapes)
+def _random(shape: tuple[int, ...]) -> tuple[Tensor]:
+    return (layers.leaf(*shape).detach(),)
+
+
+def _linear(m: int, n: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x [M, K], weight [N, K], dy [M, N]."""
+    return layers.leaf(m, k), layers.leaf(n, k), layers.leaf(m, n).detach()
 
 
 def summary(report: Report) -> str:

@@ -107,9 +107,10 @@ class Ceilings:
     def measure(cls, tiny: bool) -> Ceilings:
         words, side = (1 << 16, 64) if tiny else (1 << 30, 8192)
         source, target = torch.randn(2, words, device=device(), dtype=torch.bfloat16)
-        copy_ms = median_ms(lambda a, b: b.copy_(a), [(source, target)])
+        copy_ms = median_ms(lambda a, b: b.copy_(a), [(source, target)], 3 * BUDGET_MS)
         a, b = torch.randn(2, side, side, device=device(), dtype=torch.bfloat16)
-        return cls(4 * words / copy_ms * 1e3, 2 * side**3 / median_ms(torch.mm, [(a, b)]) * 1e3)
+        product_ms = median_ms(torch.mm, [(a, b)], 3 * BUDGET_MS)
+        return cls(4 * words / copy_ms * 1e3, 2 * side**3 / product_ms * 1e3)
 
     def floors(self, n_bytes: float, flop16: float = 0.0, flop8: float = 0.0) -> dict[str, float]:
         """Milliseconds that no version beats: inputs read once and outputs written once; operations at full rate."""
