@@ -7,10 +7,11 @@ float32 summation order is enough to make two exact INT8 pipelines as different 
 
 On CUDA vLLM runs FlashAttention-3, which sums over keys in blocks counted from the first key, last block first. A row comes out
 the same in the bits whether it is computed with its whole sequence (the learner; a prompt) or alone over the paged cache (decoding)
-if the blocks are equally long and no row is split over several programs (num_splits = 1). Blocks are 128 keys in every case for
-heads of 97 to 128; so are they for heads of up to 64 but in decoding, where they are 192: equal bits up to 128 keys, not beyond.
-Heads of 65 to 96 and 129 to 192 have other blocks where the cache is paged (hopper/tile_size.h and flash_api.cpp of
-vllm-project/flash-attention).
+if the blocks are equally long and no row is split over several programs (num_splits = 1). They are in every case for heads of more
+than 96, 128 keys for those of 128. For heads of up to 64 they are 128 keys but where a step has few queries (max_seqlen_q times
+query heads of a KV head at most 64, as in decoding), there 192: equal bits up to 128 keys, not beyond. Heads of 65 to 96 have 128
+keys where the cache is paged and 144 where there is none (tile_size.h of vllm-project/flash-attention; the kernels that vLLM 0.26
+is built with).
 """
 
 from __future__ import annotations

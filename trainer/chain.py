@@ -48,7 +48,7 @@ def _head_size(config: Any) -> int:
 
 def _check_heads(config: Any) -> None:
     size = _head_size(config)
-    if 64 < size <= 96 or 128 < size <= 192:
+    if 64 < size <= 96:
         _refuse(f"its attention sums heads of {size} in another order over its cache than over a whole sequence")
     parameters = config.rope_parameters
     rope = parameters.get("rope_type", "default")
