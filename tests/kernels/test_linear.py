@@ -249,7 +249,7 @@ def test_experts_on_a_gpu_against_float64(name: str, backend: str, kept: bool) -
     expert = torch.searchsorted(offsets, torch.arange(last, device="cuda"), right=True)
     x64, w64, dy64 = x.detach()[:last].double(), w.detach()[:last, None].double(), dy[:last].double()
     pulled = torch.stack([row @ grid[e] for row, e in zip(dy64, expert.tolist(), strict=True)])
-    torch.testing.assert_close(grad(x)[:last].double(), w64 * pulled, rtol=2**-6, atol=2**-5)
+    torch.testing.assert_close(grad(x)[:last].double(), w64 * pulled, rtol=2**-6, atol=2**-7)
     torch.testing.assert_close(grad(w)[:last].double(), (pulled * x64).sum(-1), rtol=2**-6, atol=1.0)
     for e in range(len(weight)):
         own = expert == e
@@ -271,8 +271,10 @@ def test_forward_on_a_gpu_is_near_the_definition(name: str, backend: str) -> Non
     ]
     for ours, theirs in zip(*cases, strict=True):
         scale = theirs.float().abs().mean()
-        assert (ours.float() - theirs.float()).abs().mean() <= 2e-3 * scale
-        assert (ours == theirs).float().mean() > (0.999 if name == "w8a8_int8" and ours is cases[0][0] else 0.8)
+        # Tensor cores sum products of e4m3 in fewer bits than float32.
+        assert (ours.float() - theirs.float()).abs().mean() <= (1e-2 if name == "w8a8_fp8" else 2e-3) * scale
+        if name == "w8a8_int8" and ours is cases[0][0]:
+            assert torch.equal(ours, theirs)
 
 
 @pytest.mark.gpu

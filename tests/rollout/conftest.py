@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -34,7 +35,7 @@ CONTEXT = 256
 
 
 def _config(kind: str, tokenizer) -> PreTrainedConfig:
-    shape = {
+    shape: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": 128,
         "intermediate_size": 256,
@@ -48,6 +49,14 @@ def _config(kind: str, tokenizer) -> PreTrainedConfig:
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": None,
     }
+    if kind.startswith("wide"):  # sizes that GPU kernels take: FlashAttention, CUTLASS, Marlin
+        shape |= {"hidden_size": 256, "intermediate_size": 512, "head_dim": 128}
+    if kind == "wide":
+        return Qwen3Config(**shape, tie_word_embeddings=True)
+    if kind == "wide_moe":
+        return Qwen3MoeConfig(
+            **shape, tie_word_embeddings=False, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=128
+        )
     if kind == "qwen3":
         return Qwen3Config(**shape, tie_word_embeddings=True)
     if kind == "llama":
