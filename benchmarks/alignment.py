@@ -2,7 +2,8 @@
 
 The real engine samples; then learners that differ in their backend alone score the very same tokens at the very same weights:
 `none` computes in floats (a plain BF16/FP32 learner), `emulated` in exact low-bit arithmetic, `engine` with the engine's own
-product. Written to `results/alignment_cpu.json` (`alignment_gpu.json` where there is a GPU).
+product. Written to `results/alignment_cpu.json`. Where there is a GPU, `benchmarks/alignment_gpu.py` does it instead, at true
+widths and at every format (`results/alignment_h200.json`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import record
+from benchmarks import alignment_gpu, record
 from qarl.cli import compose
 from qarl.cluster import LearnerGroup, Sampler, ray_session
 from qarl.config import Backend, RunConfig
@@ -85,7 +86,11 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=16, help="prompts, each with the recipe's group of completions")
     parser.add_argument("--models", nargs="*", help="part of the names of models to measure; all, where none is given")
     parser.add_argument("--trained", help="policy folder of a finished quickstart run, for the row after training")
+    alignment_gpu.add_arguments(parser.add_argument_group("on a GPU"))
     arguments = parser.parse_args()
+    if arguments.tiny or torch.cuda.is_available():
+        alignment_gpu.run(arguments)
+        return
     rows = []
     for name, config in cases(arguments.trained):
         if arguments.models and not any(part in name for part in arguments.models):
@@ -99,8 +104,7 @@ def main() -> None:
         row["closer_than_unaligned"] = unaligned / row["mean_abs"] if row["mean_abs"] else None
     columns = {"model": "", "format": "", "backend": "", "mean_abs": ".2e", "max_abs": ".2e", "tokens": "d"}
     print(record.table(rows, {**columns, "closer_than_unaligned": ".1f"}))
-    device = "gpu" if torch.cuda.is_available() else "cpu"
-    print("written to", record.write(f"alignment_{device}", rows))
+    print("written to", record.write("alignment_cpu", rows))
 
 
 if __name__ == "__main__":
