@@ -133,7 +133,8 @@ def _launch(
         table = torch.empty(3, rows, dtype=torch.int32, device=x.device)
         power = triton.next_power_of_2(experts)
         _assign[(triton.cdiv(rows, 64),)](offsets, table, m, rows, experts, tile.m, power, 64)
-    _multiply[(min(_processors(x), rows * triton.cdiv(n, tile.n)),)](
+    programs = rows * triton.cdiv(n, tile.n)
+    _multiply[(min(_processors(x), programs) if tile.persistent else programs,)](
         TensorDescriptor.from_tensor(x, [tile.m, tile.k]),
         TensorDescriptor.from_tensor(w, [tile.n, tile.k]),
         y,
@@ -153,7 +154,7 @@ def _launch(
         tile.m,
         tile.n,
         tile.k,
-        tile.flatten,
+        tile.persistent,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
@@ -165,8 +166,8 @@ class _Tile(NamedTuple):
     k: int
     warps: int
     stages: int
-    flatten: bool
-    """Whether the loads of the next tile begin before this one is stored."""
+    persistent: bool
+    """Whether a program computes many tiles, the loads of the next one under way before this one is stored."""
 
 
 def _tile(rows: int, n: int, grouped: bool) -> _Tile:
@@ -179,7 +180,7 @@ def _tile(rows: int, n: int, grouped: bool) -> _Tile:
 
 
 def _processors(x: Tensor) -> int:
-    # One program at a time in the interpreter.
+    # In the interpreter some, so that a program has more tiles than one there, too.
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
 
 
@@ -231,11 +232,14 @@ def _multiply(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    FLATTEN: tl.constexpr,
+    PERSISTENT: tl.constexpr,
 ):
-    """y [M, N] = rescaled x · wᵀ. Each of P programs takes every P-th tile, so that neighbours share what they load."""
+    """y [M, N] = rescaled x · wᵀ. Each of P programs takes every P-th tile, so that those of a moment share what they load.
+
+    Triton waits for an integer product at the end of every step, though not for one in float32.
+    """
     columns = tl.cdiv(n, BLOCK_N)
-    for index in tl.range(tl.program_id(0), tiles * columns, tl.num_programs(0), flatten=FLATTEN):
+    for index in tl.range(tl.program_id(0), tiles * columns, tl.num_programs(0), flatten=PERSISTENT):
         tile, block = _place(index, tiles, columns)
         column = block * BLOCK_N
         row = tile * BLOCK_M
