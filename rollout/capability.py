@@ -26,7 +26,11 @@ def supported_formats(dtype: str, experts: bool = False) -> dict[str, str | None
 def require_format(format: QuantFormat, path: str | Path, dtype: str) -> None:
     """Raise `ConfigError`, naming what this machine's vLLM can run, where it cannot run the format."""
     config = AutoConfig.from_pretrained(path)
-    reasons = supported_formats(dtype, experts=bool(getattr(config, "num_experts", 0)))
+    experts = bool(getattr(config, "num_experts", 0))
+    reasons = supported_formats(dtype, experts)
+    if experts and format.weight == "int4" and torch.cuda.is_available() and config.hidden_size % 128:
+        # vLLM would take other kernels, of other arithmetic and layout, without a word.
+        reasons[format.name] = f"Marlin's experts need a hidden size divisible by 128, got {config.hidden_size}"
     if reason := reasons[format.name]:
         runs = sorted(name for name, why in reasons.items() if why is None)
         raise ConfigError(
@@ -52,8 +56,13 @@ def _refuse_on_cpu(format: QuantFormat, dtype: torch.dtype, experts: bool) -> st
 
 
 def _refuse_on_gpu(format: QuantFormat, dtype: torch.dtype, experts: bool) -> str | None:
-    """By compute capability, as vLLM's own schemes do: turing for int8, ada for e4m3, ampere for Marlin."""
-    needed = {"bf16": 70, "int8": 75, "e4m3": 89, "int4": 80}[format.weight]
+    """By compute capability, as vLLM's own schemes and kernels do: ampere for FlashAttention and Marlin, ada for e4m3.
+
+    Experts run wherever dense layers do: in Triton (bf16, int8, e4m3) or Marlin (int4).
+    """
+    if dtype == torch.float32:
+        return "FlashAttention takes model.dtype=bfloat16"
+    needed = 89 if format.weight == "e4m3" else 80
     major, minor = torch.cuda.get_device_capability()
     has = major * 10 + minor
     if has < needed:

@@ -2,14 +2,18 @@
 
 vLLM rewrites weights after loading (it repacks them for its kernels and drops the originals), and keeps a record of what
 each layer looked like before. A refill makes the layer's raw tensors anew from that record, copies the published codes
-into them, and runs the layer's own `process_weights_after_loading` again. On a GPU the results go back into the storage
-that CUDA graphs hold the address of.
+into them, and runs the layer's own `process_weights_after_loading` again.
 
-Everything here runs in the worker's process and takes the model.
+On a GPU it runs on a stand-in of the layer, and what comes out is copied into the tensors of the layer itself. CUDA graphs
+read those, and what the layer's kernel object holds besides (a workspace of locks, strides, permutations): the stand-in
+leaves every one of them at its address. On a CPU the layer itself is processed, since its kernel objects hold weights.
+
+Everything here runs in the worker's process, with vLLM's configuration set, and takes the model.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -22,7 +26,6 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor
-from vllm.model_executor.model_loader.reload.sanitize import restore_layer_refs
 
 from qarl.errors import EngineError
 from qarl.formats import QuantFormat
@@ -31,7 +34,7 @@ from qarl.rollout.proof import Parts, Spec
 #: prefix of a packed experts' parameter -> the leaf of its fused name
 _EXPERTS = {"w13_": "w13", "w2_": "w2"}
 #: Parameters that vLLM makes and checkpoints do not fill, or that say what the shapes say already.
-_NOT_PUBLISHED = ("weight_shape", "weight_g_idx", "g_idx")
+_NOT_PUBLISHED = ("weight_shape", "weight_g_idx", "g_idx", "g_idx_sort_indices")
 _GRIDS: dict[torch.dtype, Literal["int8", "e4m3", "int4"]] = {
     torch.int8: "int8",
     torch.float8_e4m3fn: "e4m3",
@@ -55,6 +58,13 @@ class Slot:
         before, _ = get_layerwise_info(self.module).restore_metadata
         return before[param] if param in before else getattr(self.module, param)
 
+    def shape(self, part: str) -> tuple[int, ...]:
+        """As published: embeddings without the rows vLLM pads them with, int4 experts with outputs before inputs."""
+        raw = self.raw(part)
+        if isinstance(self.module, VocabParallelEmbedding):
+            return (int(self.module.org_vocab_size), *raw.shape[1:])
+        return tuple(raw.mT.shape if _is_transposed(raw) else raw.shape)
+
     @property
     def quantized(self) -> bool:
         return any(self.raw(part).dtype in _GRIDS for part in self.params)
@@ -66,9 +76,9 @@ def slots(model: nn.Module) -> dict[str, Slot]:
 
 
 def expected(model: nn.Module) -> dict[str, Parts]:
-    """What the model wants of each tensor. Embeddings are padded by vLLM; published ones are not."""
+    """What the model wants of each tensor."""
     return {
-        slot.name: {part: Spec(slot.raw(part).dtype, _published_shape(slot, part)) for part in slot.params}
+        slot.name: {part: Spec(slot.raw(part).dtype, slot.shape(part)) for part in slot.params}
         for slot in slots(model).values()
     }
 
@@ -82,13 +92,13 @@ def contract_hash(model: nn.Module, format: QuantFormat) -> str:
     grids: set[tuple[Literal["bf16", "int8", "e4m3", "int4"], int | None]] = set()
     for slot in slots(model).values():
         if slot.quantized:
-            code = next(slot.raw(part) for part in slot.params if slot.raw(part).dtype in _GRIDS)
-            packed = 8 if code.dtype == torch.int32 else 1
-            shapes[slot.name] = (*code.shape[:-1], code.shape[-1] * packed)
-            groups = slot.raw("weight_scale").shape[-1]
-            grids.add(
-                (_GRIDS[code.dtype], None if groups == 1 and not format.group else shapes[slot.name][-1] // groups)
-            )
+            code = next(part for part in slot.params if slot.raw(part).dtype in _GRIDS)
+            grid = _GRIDS[slot.raw(code).dtype]
+            *rows, n_inputs = slot.shape(code)
+            n_inputs *= 8 if grid == "int4" else 1
+            shapes[slot.name] = (*rows, n_inputs)
+            groups = slot.shape("weight_scale")[-1]
+            grids.add((grid, None if groups == 1 and not format.group else n_inputs // groups))
     if len(grids) > 1:
         raise EngineError(f"the engine's model holds several grids: {sorted(map(str, grids))}")
     weight, group = grids.pop() if grids else ("bf16", None)
@@ -97,30 +107,85 @@ def contract_hash(model: nn.Module, format: QuantFormat) -> str:
 
 @torch.no_grad()
 def load(model: nn.Module, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Serve these tensors (as `expected`) from now on."""
-    found = slots(model)
+    """Serve these tensors (as `expected`) from now on. Raises `EngineError` where a layer changes its layout."""
     by_module: dict[nn.Module, list[Slot]] = {}
-    for slot in found.values():
+    for slot in slots(model).values():
         by_module.setdefault(slot.module, []).append(slot)
     for module, its_slots in by_module.items():
-        _load_module(module, its_slots, tensors)
+        given = {param: (slot, part) for slot in its_slots for part, param in slot.params.items()}
+        method = getattr(module, "quant_method", None)
+        if not isinstance(method, QuantizeMethodBase) or isinstance(module, VocabParallelEmbedding):
+            # Read as it is, or shared with a tied lm_head. The padding of an embedding stays as it was.
+            for param, (slot, part) in given.items():
+                values = tensors[slot.name][part]
+                getattr(module, param).data[: len(values)].copy_(values)
+            _process_on_cpu(module)
+            continue
+        raw = {param: _raw(slot, part, tensors[slot.name][part]) for param, (slot, part) in given.items()}
+        if all(param.is_cuda for param in raw.values()):
+            _load_on_gpu(module, raw)
+        else:
+            _load_on_cpu(module, raw)
     head = getattr(model, "lm_head", None)
     if isinstance(head, ParallelLMHead) and _is_tied(head, model):
-        _process(head)  # on a CPU it multiplies by a repacked copy of the embedding
+        _process_on_cpu(head)  # it multiplies by a repacked copy of the embedding
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 @torch.no_grad()
 def served_columns(model: nn.Module, name: str, columns: np.ndarray) -> np.ndarray:
-    """float32 [N, C]: the columns of a quantized matrix, by sending one-hot inputs through the live layer.
+    """float32 [..., N, C]: the columns of a quantized weight, by sending one-hot inputs through the live layer.
 
     A one-hot row quantizes without error (one code at the largest value), and whatever layout the kernel made of the
     weights is what answers.
     """
-    module: Any = slots(model)[name].module
+    slot = slots(model)[name]
+    module: Any = slot.module
     norm = next(p for p in model.parameters() if p.is_floating_point() and p.ndim == 1)
-    one_hot = torch.zeros(len(columns), int(module.input_size_per_partition), dtype=norm.dtype, device=norm.device)
-    one_hot[torch.arange(len(columns)), torch.from_numpy(columns).to(norm.device)] = 1
-    return module.quant_method.apply(module, one_hot, None).T.float().cpu().numpy()
+    code = next(part for part in slot.params if slot.raw(part).dtype in _GRIDS)
+    n_inputs = slot.shape(code)[-1] * (8 if slot.raw(code).dtype == torch.int32 else 1)
+    one_hot = torch.zeros(len(columns), n_inputs, dtype=norm.dtype, device=norm.device)
+    one_hot.scatter_(1, torch.from_numpy(columns).to(norm.device)[:, None], 1)
+    if isinstance(module, LinearBase):
+        served = module.quant_method.apply(module, one_hot, None)
+    else:
+        served = _experts_apply(module, slot, one_hot)
+    return served.mT.float().cpu().numpy()
+
+
+def _experts_apply(module: Any, slot: Slot, one_hot: Tensor) -> Tensor:
+    """[E, C, N]: every expert's w13 or w2 times one_hot [C, K], through the layer's own kernel.
+
+    The kernel computes w2 · act(w13 · x). With `act` replaced for this one call, what reaches it is w13's product, and what
+    leaves it is w2's input. Each row goes to one expert with weight 1.
+    """
+    kernel = getattr(module.quant_method, "moe_kernel", None)
+    if kernel is None:
+        raise EngineError(f"{slot.name}: vLLM's kernel here has no step between its two products to look at")
+    n_experts, (n_columns, device) = module.local_num_experts, (len(one_hot), one_hot.device)
+    rows = one_hot.repeat(n_experts, 1)
+    experts = torch.arange(n_experts, dtype=torch.int32, device=device).repeat_interleave(n_columns)[:, None]
+    first = slot.name.endswith(".w13")
+    hidden = rows if first else rows.new_zeros(len(rows), module.hidden_size)
+    reached: list[Tensor] = []
+
+    def activation(_kind: Any, output: Tensor, input: Tensor, **_: Any) -> None:
+        gate_up = input.unflatten(-1, (2, -1))[..., : slot.shape(next(iter(slot.params)))[-2] // 2]
+        reached.append(gate_up.flatten(-2).clone())  # without what Marlin pads each half with
+        output.zero_()
+        if not first:
+            output[:, : rows.shape[1]] = rows
+
+    kernel.fused_experts.activation = activation
+    try:
+        weights = torch.ones(len(rows), 1, dtype=torch.float32, device=device)
+        served = module.quant_method.apply(module, hidden, weights, experts, None, None)
+    finally:
+        del kernel.fused_experts.activation
+    if len(reached) != 1:
+        raise EngineError(f"{slot.name}: vLLM's kernel did not come by its activation")
+    return (reached[0] if first else served).unflatten(0, (n_experts, n_columns))
 
 
 def _module_slots(name: str, module: nn.Module, model: nn.Module) -> Iterator[Slot]:
@@ -135,7 +200,7 @@ def _module_slots(name: str, module: nn.Module, model: nn.Module) -> Iterator[Sl
         return
     # `scheme` and friends of an attention layer (KV-cache scales) are not weights of the policy.
     if before and (isinstance(module, LinearBase | VocabParallelEmbedding) or set(before) == {"weight"}):
-        yield Slot(name, module, {param: param for param in before if param not in _NOT_PUBLISHED})
+        yield Slot(name, module, {p: p for p in before if p not in (*_NOT_PUBLISHED, "bias")})
         if isinstance(getattr(module, "bias", None), Tensor):
             yield Slot(f"{name}.bias", module, {"bias": "bias"})
 
@@ -148,56 +213,71 @@ def _is_tied(head: ParallelLMHead, model: nn.Module) -> bool:
     )
 
 
-def _published_shape(slot: Slot, part: str) -> tuple[int, ...]:
-    shape = tuple(slot.raw(part).shape)
-    if isinstance(slot.module, VocabParallelEmbedding):
-        return (int(slot.module.org_vocab_size), *shape[1:])
-    return shape
+def _is_transposed(raw: Tensor) -> bool:
+    """vLLM's mark on parameters of experts that hold [E, K, N] what checkpoints hold as [E, N, K]."""
+    return bool(getattr(raw, "is_transposed", False)) and raw.ndim == 3
 
 
-def _load_module(module: nn.Module, its_slots: list[Slot], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-    in_place = not isinstance(getattr(module, "quant_method", None), QuantizeMethodBase)
-    kernel = {n: p for n, p in module.named_parameters(recurse=False) if p.is_cuda}
-    for slot in its_slots:
-        for part, param in slot.params.items():
-            given = tensors[slot.name][part]
-            if in_place or param == "bias" or isinstance(module, VocabParallelEmbedding):
-                # Shared with a tied lm_head, or read as it is. The padding of an embedding stays as it was.
-                getattr(module, param).data[: len(given)].copy_(given)
-            else:
-                if hasattr(module, param):  # perhaps as a plain attribute, whose name no parameter could take
-                    setattr(module, param, None)
-                module.register_parameter(param, _fresh(slot, part, given, module))
-    _process(module)
-    _keep_addresses(module, kernel)
-
-
-def _fresh(slot: Slot, part: str, given: Tensor, module: nn.Module) -> nn.Parameter:
+def _raw(slot: Slot, part: str, given: Tensor) -> nn.Parameter:
     """The raw parameter, class and attributes as vLLM made it, holding a copy of the given tensor."""
-    template = restore_layer_refs(slot.raw(part), module)
-    with torch.device(get_layerwise_info(module).restore_device):
+    template = slot.raw(part)
+    with torch.device(get_layerwise_info(slot.module).restore_device):
         param: Any = materialize_meta_tensor(template)
-    param.data.copy_(given)
+    param.data.copy_(given.mT if _is_transposed(template) else given)
     return param
 
 
-def _process(module: nn.Module) -> None:
+def _load_on_gpu(module: nn.Module, raw: Mapping[str, nn.Parameter]) -> None:
+    stand_in = _stand_in(module)
+    for name, param in raw.items():
+        stand_in.__dict__.pop(name, None)
+        stand_in._parameters[name] = param
+    stand_in.quant_method.process_weights_after_loading(stand_in)
+    live_names = {live: name for name, live in module._parameters.items() if live is not None}  # some have two
+    for live, name in live_names.items():
+        made = stand_in._parameters.get(name)
+        if made is live:
+            continue
+        if made is None or _layout(made) != _layout(live):
+            raise EngineError(f"{name} of {type(module).__name__} changed its layout over a refill")
+        live.data.copy_(made.data)
+
+
+def _stand_in(module: nn.Module) -> Any:
+    """A copy of the layer that can be processed without touching the layer: its own dictionaries, quantization method,
+    scheme and kernel objects; the tensors and everything below are shared."""
+    stand_in: Any = copy.copy(module)
+    for members in ("_parameters", "_buffers", "_modules"):
+        stand_in.__dict__[members] = dict(stand_in.__dict__[members])
+    stand_in.__dict__.pop("_already_called_process_weights_after_loading", None)
+    stand_in.quant_method = copy.copy(module.quant_method)
+    if scheme := getattr(module, "scheme", None):
+        stand_in.scheme = copy.copy(scheme)
+        for name, value in vars(scheme).items():
+            if hasattr(value, "process_weights_after_loading"):  # the scheme's kernel
+                setattr(stand_in.scheme, name, copy.copy(value))
+    return stand_in
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+
+
+def _load_on_cpu(module: nn.Module, raw: Mapping[str, nn.Parameter]) -> None:
+    for name, param in raw.items():
+        if name == "bias":
+            getattr(module, name).data.copy_(param)
+            continue
+        if hasattr(module, name):  # perhaps as a plain attribute, whose name no parameter could take
+            setattr(module, name, None)
+        module.register_parameter(name, param)
+    _process_on_cpu(module)
+
+
+def _process_on_cpu(module: nn.Module) -> None:
     method = getattr(module, "quant_method", None)
-    if isinstance(method, QuantizeMethodBase):
+    if isinstance(method, QuantizeMethodBase) and not any(p.is_cuda for p in module.parameters(recurse=False)):
         module.__dict__.pop("_already_called_process_weights_after_loading", None)
-        if any(not p.is_cuda for p in module.parameters(recurse=False)) and hasattr(method, "moe_kernel"):
-            method.moe_kernel = (
-                None  # with one in place, vLLM takes experts for repacked already, which on a CPU is wrong
-            )
+        if hasattr(method, "moe_kernel"):
+            method.moe_kernel = None  # with one in place, vLLM takes experts for repacked already, which here is wrong
         method.process_weights_after_loading(module)
-
-
-def _keep_addresses(module: nn.Module, kernel: Mapping[str, nn.Parameter]) -> None:
-    """Move what was made anew into the storage that was served before: CUDA graphs read that address."""
-    for name, before in kernel.items():
-        after = getattr(module, name)
-        if after.data_ptr() != before.data_ptr():
-            if after.shape != before.shape or after.dtype != before.dtype or after.stride() != before.stride():
-                raise EngineError(f"{name} of {type(module).__name__} changed its layout over a refill")
-            before.data.copy_(after.data)
-            setattr(module, name, before)

@@ -17,37 +17,35 @@ import torch
 
 from qarl.config import RolloutConfig
 from qarl.errors import EngineError
-from qarl.formats import QuantFormat
 from qarl.records import Completion, Prompt, Sampling
-from qarl.rollout import proof
+from qarl.rollout import patches, proof
 from qarl.rollout.capability import require_format
 from qarl.rollout.engine import Engine
 from qarl.rollout.text import Text
-
-#: Read by vLLM when it is imported or started. In one process, workers share the learner's view of devices and die with it.
-_ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # two engines bound to the same core would starve each other
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # by one token; `Engine` checks the context itself
-}
+from qarl.rollout.vllm_settings import ENVIRONMENT, gpu_settings, quantization_override, register_here
 
 
 class VllmEngine(Engine):
-    """See `Engine`."""
+    """See `Engine`.
+
+    On a GPU vLLM runs so that a learner can follow its arithmetic, op by op. Nothing is compiled by inductor, so norms,
+    rotary embedding, SiLU and quantization are vLLM's own CUDA kernels and each rounds once. Linear layers and experts run
+    in named kernels (CUTLASS, Triton, Marlin), the router and lm_head in torch's product. Attention is FlashAttention (3 on
+    Hopper) without splits along the keys, whatever the batch, and without cascades over shared prefixes. Decoding replays
+    CUDA graphs; prefill and mixed batches run as they are. `rollout.eager` turns graphs off, and with them vLLM's bound on
+    splits: attention over long contexts may then sum in another order.
+    """
 
     def __init__(
         self, config: RolloutConfig, path: str | Path, dtype: str, max_tokens: int, tile_tolerance: float = 0.02
     ) -> None:
         super().__init__(config, path, max_tokens, tile_tolerance)
-        for name, value in _ENVIRONMENT.items():
+        for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        self._eager = config.eager or not torch.cuda.is_available()  # compiling for a CPU takes longer than it saves
         self.text = Text(path)
         self._core = self._start(config, str(path), dtype)
-        executor = self._core.engine_core.model_executor
-        self._model = executor.driver_worker.worker.model_runner.model
+        worker = self._core.engine_core.model_executor.driver_worker.worker
+        self._model = worker.model_runner.get_model()  # without the wrapper that replays graphs
         self._n_requests = 0
 
     def _start(self, config: RolloutConfig, path: str, dtype: str) -> Any:
@@ -57,8 +55,10 @@ class VllmEngine(Engine):
         from vllm.v1.executor import Executor
 
         require_format(self.format, path, dtype)
-        _register_here(path)
+        patches.apply()
+        register_here(path)
         on_gpu = torch.cuda.is_available()
+        most_tokens = max(self.max_tokens + 1, 8192)
         args = EngineArgs(
             model=path,
             dtype=dtype,  # type: ignore[arg-type]
@@ -68,16 +68,17 @@ class VllmEngine(Engine):
             max_num_seqs=config.max_sequences,
             kv_cache_memory_bytes=None if on_gpu else int(config.kv_cache_gb * 2**30),
             gpu_memory_utilization=config.gpu_memory,
-            enforce_eager=self._eager,
+            enforce_eager=config.eager or not on_gpu,  # compiling for a CPU takes longer than it saves
             # A chunk of a seeded prompt would rewind the request's generator, which CPU generators cannot do.
             enable_chunked_prefill=on_gpu,
-            max_num_batched_tokens=None if on_gpu else max(self.max_tokens, 8192),
+            max_num_batched_tokens=most_tokens,
             logprobs_mode="processed_logprobs",  # of the distribution that is sampled from, temperature applied
             generation_config="vllm",  # the model's own sampling defaults must not mix with ours
             skip_tokenizer_init=True,
             enable_prefix_caching=True,
             disable_log_stats=True,
             seed=0,
+            **(gpu_settings(self.format, config.max_sequences, most_tokens) if on_gpu else {}),
         )
         gc.freeze()  # vLLM collects garbage five times while it starts; a third of a second each over all its modules
         vllm_config = args.create_engine_config()
@@ -96,9 +97,12 @@ class VllmEngine(Engine):
         return refill.expected(self._model)
 
     def _load(self, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        from vllm.config import set_current_vllm_config
+
         from qarl.rollout import refill
 
-        refill.load(self._model, tensors)
+        with set_current_vllm_config(self._core.engine_core.vllm_config):
+            refill.load(self._model, tensors)
         self._forget()
 
     def _served_columns(self, tensor: str, columns: np.ndarray) -> np.ndarray:
@@ -176,9 +180,8 @@ class VllmEngine(Engine):
                 )
             )
         running = set(written)
-        stance = "force_eager" if self._eager else "default"  # else vLLM compiles a helper that counts ranks: seconds
         try:
-            with torch.compiler.set_stance(stance):
+            with torch.compiler.set_stance("force_eager"):  # else vLLM compiles a helper that counts ranks: seconds
                 while running:
                     self._step(written, running, stop)
         finally:
@@ -210,10 +213,14 @@ class VllmEngine(Engine):
         self._core.abort_requests(stopped)
 
     def close(self) -> None:
-        """Ends vLLM's process groups too, which all engines of a process share: close them together."""
+        """Ends vLLM's process groups too, and on a GPU its workspace, which all engines of a process share: close them
+        together, or one before the next starts."""
         self._refusal = "it was closed"
         self._core.shutdown()
         del self._core, self._model
+        if torch.cuda.is_available():
+            gc.collect()  # graphs, weights and KV cache hang in cycles; vLLM collected while we still held them
+            torch.cuda.empty_cache()
 
 
 class _Written:
@@ -226,46 +233,3 @@ class _Written:
         self.logprobs: list[float] = []
         self.prompt_logprobs = np.empty(0, np.float32)
         self.finish = ""
-
-
-def _register_here(path: str) -> None:
-    """Let vLLM look at the model class in this process. It starts another one for that, which takes as long as it does to
-    import vLLM, so that CUDA stays untouched before it forks; we never fork."""
-    from transformers import AutoConfig
-    from vllm.model_executor.models.registry import ModelRegistry
-
-    for architecture in AutoConfig.from_pretrained(path).architectures or ():
-        if architecture in ModelRegistry.models:
-            ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
-
-
-_SCHEMES: dict[str, dict[str, Any]] = {
-    "int8": {"format": "int-quantized", "num_bits": 8, "type": "int"},
-    "e4m3": {"format": "float-quantized", "num_bits": 8, "type": "float"},
-    "int4": {"format": "pack-quantized", "num_bits": 4, "type": "int"},
-}
-
-
-def quantization_override(format: QuantFormat) -> dict[str, Any]:
-    """What a compressed-tensors checkpoint at this format would say in its `config.json`; nothing for `bf16`."""
-    if not format.quantizes:
-        return {}
-    scheme = dict(_SCHEMES[format.weight])
-    layout = scheme.pop("format")
-    weights = scheme | {"symmetric": True, "dynamic": False}
-    weights |= {"strategy": "group", "group_size": format.group} if format.group else {"strategy": "channel"}
-    inputs = None
-    if format.activation != "none":
-        inputs = {"num_bits": 8, "type": scheme["type"], "strategy": "token", "symmetric": True, "dynamic": True}
-    # Norms and embeddings are no `Linear` and need no mention.
-    ignored = ["lm_head", "re:.*\\.gate$"]
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
-    return {
-        "quantization_config": {
-            "quant_method": "compressed-tensors",
-            "format": layout,
-            "quantization_status": "compressed",
-            "ignore": ignored,
-            "config_groups": {"group_0": group},
-        }
-    }

@@ -1,0 +1,131 @@
+"""What we change in vLLM, each change with the versions it is for. Called before an engine starts; says so when it acts."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+
+def apply() -> None:
+    """All patches that this vLLM needs on this machine. Twice is once."""
+    if torch.cuda.is_available():
+        _int8_experts()
+
+
+def _int8_experts() -> None:
+    """0.26: int8 experts with dynamic activations silently leave their activations in bfloat16.
+
+    Their quantization config is made by whether a static input scale is there, which per-token scales never are, and the
+    Triton experts refuse int8 rows besides. Here the config says what it should, and the experts quantize rows with the op
+    of the dense layers (the Triton quantizer of later versions rounds halves away from zero). Fixed upstream by 0.32;
+    asked of vLLM itself rather than of its version.
+    """
+    from vllm.model_executor.layers.fused_moe.config import int8_w8a8_moe_quant_config
+    from vllm.model_executor.layers.fused_moe.oracle import int8 as oracle
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+        compressed_tensors_moe_w8a8_int8 as method,
+    )
+
+    one = torch.ones(1, 1, 1)
+    made = method.make_int8_moe_quant_config(oracle.Int8MoeBackend.TRITON, one, one, per_act_token_quant=True)
+    if made.use_int8_w8a8:
+        return
+
+    select = method.select_int8_moe_backend
+
+    def select_int8_moe_backend(*args: Any, **kwargs: Any) -> tuple[Any, type]:
+        backend, experts = select(*args, **kwargs)
+        if backend is not oracle.Int8MoeBackend.TRITON:
+            raise ValueError(f"int8 experts run in vLLM's Triton kernel here, but {backend} was selected")
+        return backend, _int8_experts_class(experts)
+
+    def make_int8_moe_quant_config(
+        int8_backend: Any, w1_scale: torch.Tensor, w2_scale: torch.Tensor, per_act_token_quant: bool, **_: Any
+    ) -> Any:
+        return int8_w8a8_moe_quant_config(w1_scale, w2_scale, None, None, per_act_token_quant=per_act_token_quant)
+
+    vars(method).update(
+        select_int8_moe_backend=select_int8_moe_backend, make_int8_moe_quant_config=make_int8_moe_quant_config
+    )
+    logger.warning("vLLM would leave the activations of int8 experts in bfloat16: patched to quantize them per token")
+
+
+@functools.cache  # one class, not one a layer
+def _int8_experts_class(triton_experts: type[Any]) -> type:
+    from vllm import _custom_ops as ops
+    from vllm.model_executor.layers.fused_moe import fused_moe
+    from vllm.model_executor.layers.fused_moe.utils import _resize_cache
+    from vllm.triton_utils import tl
+
+    class Int8Experts(triton_experts):
+        """vLLM's Triton experts on int8 rows: its kernel and its schedule, without LoRA."""
+
+        expects_unquantized_inputs = True  # they are quantized below
+
+        def apply(
+            self,
+            output: torch.Tensor,
+            hidden_states: torch.Tensor,
+            w1: torch.Tensor,
+            w2: torch.Tensor,
+            topk_weights: torch.Tensor,
+            topk_ids: torch.Tensor,
+            activation: Any,
+            global_num_experts: int,
+            expert_map: torch.Tensor | None,
+            a1q_scale: torch.Tensor | None,
+            a2_scale: torch.Tensor | None,
+            workspace13: torch.Tensor,
+            workspace2: torch.Tensor,
+            expert_tokens_meta: Any,
+            apply_router_weight_on_input: bool,
+        ) -> None:
+            n_experts, n_tokens, n, k, top_k = self.moe_problem_size(hidden_states, w1, w2, topk_ids)
+            if global_num_experts == -1:
+                global_num_experts = n_experts
+            name = self.quant_config.config_name(hidden_states.dtype)
+            config = fused_moe.try_get_optimal_moe_config(w1.size(), w2.size(), top_k, name, n_tokens, block_shape=None)
+            sorted_ids, expert_ids, n_padded = fused_moe._prepare_expert_assignment(
+                topk_ids, config, n_tokens, top_k, global_num_experts, expert_map
+            )
+
+            def product(
+                x: torch.Tensor, w: torch.Tensor, scale: Any, out: torch.Tensor, each: int, weigh: bool
+            ) -> None:
+                codes, x_scale, _ = ops.scaled_int8_quant(x)
+                fused_moe.invoke_fused_moe_triton_kernel(
+                    codes,
+                    w,
+                    out,
+                    x_scale,
+                    scale,
+                    topk_weights if weigh else None,
+                    sorted_ids,
+                    expert_ids,
+                    n_padded,
+                    weigh,
+                    each,
+                    config,
+                    compute_type=tl.bfloat16,
+                    use_fp8_w8a8=False,
+                    use_int8_w8a8=True,
+                    use_int8_w8a16=False,
+                    use_int4_w4a16=False,
+                    per_channel_quant=True,
+                    block_shape=None,
+                )
+
+            gate_up = _resize_cache(workspace2, (n_tokens, top_k, n))
+            inner = _resize_cache(workspace13, (n_tokens * top_k, self.adjust_N_for_activation(n, activation)))
+            down = _resize_cache(workspace2, (n_tokens, top_k, k))
+            product(hidden_states, w1, self.w1_scale, gate_up, top_k, False)
+            self.activation(activation, inner, gate_up.view(-1, n))
+            product(inner, w2, self.w2_scale, down, 1, not apply_router_weight_on_input)
+            ops.moe_sum(down, output)
+
+    return Int8Experts
