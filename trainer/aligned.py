@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.activations import SiLUActivation
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from qarl.errors import ConfigError
 from qarl.formats import QuantFormat
+from qarl.kernels.activation import silu_and_multiply
 from qarl.kernels.dispatch import choose, has_engine
 from qarl.kernels.linear import Arithmetic, Prepared, aligned_experts, aligned_linear
 from qarl.kernels.routing import collect, route, row_weights, spread
@@ -125,9 +127,12 @@ class _Experts:
         module, aligned = self.module, self.aligned
         to = route(top_k_index, module.num_experts)
         gate_up = aligned.experts(spread(hidden, to), f"{self.path}.gate_up_proj", module.gate_up_proj, to.offsets)
-        gate, up = gate_up.chunk(2, dim=-1)
         weights = row_weights(top_k_weights, to)
-        inner = module.act_fn(gate) * up
+        if isinstance(module.act_fn, nn.SiLU | SiLUActivation):
+            inner = silu_and_multiply(gate_up)
+        else:
+            gate, up = gate_up.chunk(2, dim=-1)
+            inner = module.act_fn(gate) * up
         down = aligned.experts(inner, f"{self.path}.down_proj", module.down_proj, to.offsets, weights)
         return collect(down, to)
 

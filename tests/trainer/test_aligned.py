@@ -91,6 +91,17 @@ def test_aligned_model_equals_transformers_on_the_grid(models, kind, name):
     assert aligned.backend == "emulated"
 
 
+def test_experts_multiply_by_the_function_that_saves_one_tensor(models, monkeypatch):
+    """Where their activation is silu, as transformers names it."""
+    calls = []
+    compute = aligned_module.silu_and_multiply
+    monkeypatch.setattr(aligned_module, "silu_and_multiply", lambda x: calls.append(x.shape) or compute(x))
+    model = open_model(models["moe"])
+    AlignedModel(model, get("w8a8_int8"), "emulated", "cpu", torch.float32)
+    logits(model)
+    assert len(calls) == len(model.model.layers)
+
+
 def test_covered_is_what_the_format_covers(models):
     model = open_model(models["moe"])
     aligned = AlignedModel(model, get("w8a8_int8"), "auto", "cpu", torch.float32)
