@@ -108,6 +108,7 @@ def contract_hash(model: nn.Module, format: QuantFormat) -> str:
 @torch.no_grad()
 def load(model: nn.Module, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Serve these tensors (as `expected`) from now on. Raises `EngineError` where a layer changes its layout."""
+    _wait()  # for a batch still under way: vLLM has a stream of its own, which another thread would not use
     by_module: dict[nn.Module, list[Slot]] = {}
     for slot in slots(model).values():
         by_module.setdefault(slot.module, []).append(slot)
@@ -129,11 +130,10 @@ def load(model: nn.Module, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
     head = getattr(model, "lm_head", None)
     if isinstance(head, ParallelLMHead) and _is_tied(head, model):
         _process_on_cpu(head)  # it multiplies by a repacked copy of the embedding
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    _wait()
 
 
-@torch.no_grad()
+@torch.inference_mode()  # as vLLM runs its layers: experts write into a workspace that was made so
 def served_columns(model: nn.Module, name: str, columns: np.ndarray) -> np.ndarray:
     """float32 [..., N, C]: the columns of a quantized weight, by sending one-hot inputs through the live layer.
 
@@ -211,6 +211,11 @@ def _is_tied(head: ParallelLMHead, model: nn.Module) -> bool:
         for other in model.modules()
         if isinstance(other, VocabParallelEmbedding) and other is not head
     )
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _is_transposed(raw: Tensor) -> bool:
