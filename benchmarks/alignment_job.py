@@ -12,6 +12,7 @@ import copy
 import gc
 import json
 import os
+import shutil
 import sys
 import time
 import traceback
@@ -31,8 +32,8 @@ from qarl.errors import ConfigError
 from qarl.formats import QuantFormat
 from qarl.kernels import dispatch
 from qarl.records import Completion, Prompt, Sampling
-from qarl.rollout import vllm_engine
 from qarl.rollout.engine import open_engine
+from qarl.rollout.vllm_settings import ENVIRONMENT, quantization_override
 from qarl.rundir import write_atomically
 from qarl.seeds import completion_seeds
 from qarl.trainer.aligned import AlignedModel
@@ -75,7 +76,8 @@ class Job:
         self.folder, self.format, self.out, self.share, self.source = folder, format, out, share, source
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        self.record: dict[str, Any] = {"engine": source, "dtype": str(self.dtype), "seconds": {}, "backends": {}}
+        self.dtype_name = str(self.dtype).removeprefix("torch.")
+        self.record: dict[str, Any] = {"engine": source, "dtype": self.dtype_name, "seconds": {}, "backends": {}}
 
     def run(self, n_tokens: int) -> None:
         with self.stage("load"):
@@ -110,23 +112,25 @@ class Job:
             max_sequences=MAX_SEQUENCES,
         )
         with self.stage("start"), given_cache(self.device):
-            engine = open_engine(config, self.folder, str(self.dtype).removeprefix("torch."), MAX_TOKENS)
+            engine = open_engine(config, self.folder, self.dtype_name, MAX_TOKENS)
         with self.stage("refill"):
             report = engine.refill(update)
         self.record["max_tile_error"] = report.max_tile_error
         return engine
 
     def exported(self) -> Engine:
-        """vLLM as anyone runs it, on the exported checkpoint: where a refill is in doubt."""
+        """vLLM on the exported checkpoint: where a refill is in doubt."""
         from benchmarks.stock_engine import StockEngine
         from qarl.compressed import write_checkpoint
 
-        set_environment()
         folder = self.out.with_suffix(".export")
+        shutil.rmtree(folder, ignore_errors=True)  # of a job that was killed
         with self.stage("export"):
-            write_checkpoint(self.folder, folder, self.format, vllm_engine.quantization_override(self.format))
+            write_checkpoint(self.folder, folder, self.format, quantization_override(self.format))
         with self.stage("start"):
-            return StockEngine(folder, self.dtype, MAX_TOKENS, MAX_SEQUENCES, 0.8 / self.share, KV_CACHE_GB)
+            engine = StockEngine(folder, self.format, self.dtype_name, MAX_TOKENS, 0.8 / self.share, KV_CACHE_GB)
+        shutil.rmtree(folder)
+        return engine
 
     def learners(self, base: Any, sequences: list[np.ndarray], lengths: list[int], sampled: np.ndarray) -> None:
         """One after another; one that fails is recorded and the others go on."""
@@ -198,7 +202,8 @@ def given_cache(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    set_environment()
+    for name, value in ENVIRONMENT.items():  # vLLM is imported here, before our engine could say what it wants
+        os.environ.setdefault(name, value)
     from vllm.engine.arg_utils import EngineArgs
 
     create = EngineArgs.create_engine_config
@@ -212,12 +217,6 @@ def given_cache(device: torch.device) -> Iterator[None]:
         yield
     finally:
         EngineArgs.create_engine_config = create  # type: ignore[method-assign]
-
-
-def set_environment() -> None:
-    """As our engine wants it when vLLM is imported, which happens here before the engine starts."""
-    for name, value in vllm_engine.ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
 
 
 def make_prompts(folder: Path, vocabulary: int) -> list[Prompt]:

@@ -1,7 +1,11 @@
-"""vLLM as anyone runs it, on a checkpoint: where a refill is in doubt, it says what the numbers would be without one."""
+"""vLLM's own front end on a checkpoint: where a refill is in doubt, it says what the numbers would be without one.
+
+Set up as our engine sets it up, so that kernels are the same; but the weights come from files, by vLLM's own loaders.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,29 +13,41 @@ from typing import Any
 import numpy as np
 import torch
 
+from qarl.formats import QuantFormat
 from qarl.records import Completion, Prompt, Sampling
+from qarl.rollout import patches
+from qarl.rollout.vllm_settings import ENVIRONMENT, gpu_settings
+
+MAX_SEQUENCES = 32
+MOST_TOKENS = 8192
 
 
 class StockEngine:
-    """vLLM's own front end on a checkpoint."""
+    """See above."""
 
     def __init__(
-        self, folder: Path, dtype: torch.dtype, max_tokens: int, max_sequences: int, gpu_memory: float, cache_gb: float
+        self, folder: Path, format: QuantFormat, dtype: str, max_tokens: int, gpu_memory: float, cache_gb: float
     ) -> None:
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
         from vllm import LLM
 
+        patches.apply()
+        on_gpu = torch.cuda.is_available()
+        settings = gpu_settings(format, MAX_SEQUENCES, MOST_TOKENS) if on_gpu else {"enforce_eager": True}
         self.llm = LLM(
             str(folder),
             dtype=dtype,  # type: ignore[arg-type]
             max_model_len=max_tokens + 1,  # to score a sequence, vLLM wants room for one token more
-            max_num_seqs=max_sequences,
+            max_num_seqs=MAX_SEQUENCES,
+            max_num_batched_tokens=MOST_TOKENS,
             gpu_memory_utilization=gpu_memory,
             kv_cache_memory_bytes=int(cache_gb * 2**30),
-            enforce_eager=not torch.cuda.is_available(),
             skip_tokenizer_init=True,
             generation_config="vllm",
             logprobs_mode="processed_logprobs",
             enable_prefix_caching=False,
+            **settings,
         )
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> list[Completion]:

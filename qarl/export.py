@@ -73,7 +73,7 @@ def policy_of(config: ExportConfig) -> tuple[Path, str]:
 def export(config: ExportConfig) -> None:
     policy, name = policy_of(config)
     from qarl.compressed import write_checkpoint
-    from qarl.rollout.vllm_engine import quantization_override
+    from qarl.rollout.vllm_settings import quantization_override
 
     format = formats.get(name, "format")
     covered = write_checkpoint(policy, Path(config.out), format, quantization_override(format))

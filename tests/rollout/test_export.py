@@ -12,7 +12,7 @@ import pytest
 from qarl import formats
 from qarl.compressed import write_checkpoint
 from qarl.records import Prompt, Sampling
-from qarl.rollout.vllm_engine import quantization_override
+from qarl.rollout.vllm_settings import quantization_override
 
 PROMPTS = [
     Prompt(id=i, text=t, tokens=np.array([ord(c) - 25 for c in t], np.int32), answer="")
