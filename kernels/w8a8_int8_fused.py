@@ -234,19 +234,13 @@ def _multiply(
     BLOCK_K: tl.constexpr,
     PERSISTENT: tl.constexpr,
 ):
-    """y [M, N] = rescaled x · wᵀ. Each of P programs takes every P-th tile, so that those of a moment share what they load.
-
-    Triton waits for an integer product at the end of every step, though not for one in float32.
-    """
+    """y [M, N] = rescaled x · wᵀ. Each of P programs takes every P-th tile, so that those of a moment share what they load."""
     columns = tl.cdiv(n, BLOCK_N)
     for index in tl.range(tl.program_id(0), tiles * columns, tl.num_programs(0), flatten=PERSISTENT):
         tile, block = _place(index, tiles, columns)
-        column = block * BLOCK_N
-        row = tile * BLOCK_M
+        row, column = tile * BLOCK_M, block * BLOCK_N
         w_row = column
-        end = m  # of the rows to be stored; below: of the rows that have a weight, and its columns
-        last_row = m
-        last_column = n
+        end, last_row, last_column = m, m, n  # of the rows to be stored; of those that have a weight; its columns
         steps = tl.cdiv(k, BLOCK_K)
         if GROUPED:
             expert = tl.load(table_ptr + tile)
@@ -257,10 +251,9 @@ def _multiply(
             last_column = tl.where(row < last_row, n, 0)
             steps = tl.where(row < last_row, steps, 0)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
-        for step in range(steps):
-            x = x_tiles.load([row, step * BLOCK_K])
-            w = w_tiles.load([w_row, step * BLOCK_K])
-            acc = tl.dot(x, w.T, acc, out_dtype=tl.int32)
+        # Triton waits for an integer product at the end of every step, though not for one in float32.
+        for start in range(0, steps * BLOCK_K, BLOCK_K):
+            acc = tl.dot(x_tiles.load([row, start]), w_tiles.load([w_row, start]).T, acc, out_dtype=tl.int32)
         y_row = row + tl.arange(0, BLOCK_M)
         y_column = column + tl.arange(0, BLOCK_N)
         x_scale = tl.load(x_scale_ptr + y_row, mask=y_row < last_row, other=0.0)
@@ -271,15 +264,18 @@ def _multiply(
             y = y * x_scale[:, None] * w_scale[None, :]
             if WEIGHTED:
                 y = y * tl.load(row_weights_ptr + y_row, mask=y_row < last_row, other=0.0)[:, None]
+        elif BIAS:
+            bias = tl.load(bias_ptr + y_column, mask=y_column < n, other=0.0).to(tl.float32)
+            y = _multiply_add(y * w_scale[None, :], x_scale[:, None], bias[None, :])
         else:
-            y = y * w_scale[None, :]
-            if BIAS:
-                bias = tl.load(bias_ptr + y_column, mask=y_column < n, other=0.0).to(tl.float32)
-                y = tl.fma(y, tl.broadcast_to(x_scale[:, None], y.shape), tl.broadcast_to(bias[None, :], y.shape))
-            else:
-                y = y * x_scale[:, None]
+            y = y * w_scale[None, :] * x_scale[:, None]
         inside = (y_row < end)[:, None] & (y_column < n)[None, :]
         tl.store(y_ptr + y_row.to(tl.int64)[:, None] * n + y_column[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _multiply_add(y, factor, term):
+    return tl.fma(y, tl.broadcast_to(factor, y.shape), tl.broadcast_to(term, y.shape))
 
 
 @triton.jit
