@@ -1,7 +1,14 @@
 """The pieces of a refill that need no GPU."""
 
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
 import torch
+from torch import Tensor, nn
 from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.model_loader.reload.layerwise import record_metadata_for_reloading
 
 from qarl import formats
 from qarl.kernels.dispatch import quantizer
@@ -9,7 +16,7 @@ from qarl.rollout import refill
 from qarl.rollout.vllm_engine import VllmEngine
 
 
-def _a_linear_layer(engine: VllmEngine) -> tuple[str, torch.nn.Module]:
+def _a_linear_layer(engine: VllmEngine) -> tuple[str, Any]:
     return next((n, m) for n, m in engine._model.named_modules() if isinstance(m, LinearBase))
 
 
@@ -35,6 +42,90 @@ def test_a_stand_in_is_processed_without_touching_the_layer(start, weights, publ
     assert layer.scheme.kernel is kernel and dict(vars(layer.scheme)) == scheme
     torch.testing.assert_close(layer.quant_method.apply(layer, x, None), served, rtol=0, atol=0)
     assert not torch.allclose(stand_in.quant_method.apply(stand_in, x, None), served)
+
+
+E, H, M, GROUP = 3, 64, 32, 32
+INT4 = quantizer("w4a16_g32", "cpu")
+
+
+class _Experts:
+    """Where vLLM keeps the step between an expert layer's two products."""
+
+    def activation(self, _kind: str, output: Tensor, input: Tensor) -> None:
+        gate, up = input.chunk(2, -1)
+        output.copy_(nn.functional.silu(gate) * up)
+
+
+class _Int4ExpertsMethod(QuantizeMethodBase):
+    """As vLLM's for Marlin: new parameters under the old names, a second name, a kernel object made with them."""
+
+    def create_weights(self, *_: Any, **__: Any) -> None: ...
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        for name in ("w13", "w2"):
+            repacked = nn.Parameter(getattr(layer, f"{name}_weight_packed").data.flip(0).clone(), requires_grad=False)
+            setattr(layer, f"{name}_weight_packed", repacked)
+            setattr(layer, f"{name}_weight", repacked)
+        self.moe_kernel = SimpleNamespace(fused_experts=_Experts())
+
+    def apply(self, layer: Any, x: Tensor, weights: Tensor, experts: Tensor, *_: Any) -> Tensor:
+        def product(name: str, rows: Tensor) -> Tensor:
+            codes = {"weight_packed": getattr(layer, f"{name}_weight").flip(0).mT.contiguous(),
+                     "weight_scale": getattr(layer, f"{name}_weight_scale").mT.contiguous()}  # fmt: skip
+            dense = INT4.dequantize(codes, GROUP, torch.bfloat16)[experts[:, 0].long()]
+            return (dense @ rows[..., None])[..., 0]
+
+        inner = x.new_empty(len(x), M)
+        self.moe_kernel.fused_experts.activation("silu", inner, product("w13", x))
+        return product("w2", inner) * weights.to(x.dtype)
+
+
+def _int4_experts() -> nn.Module:
+    """A model of one layer of experts whose parameters are named, shaped and marked as vLLM's, and processed."""
+    layer: Any = nn.Module()
+    layer.local_num_experts, layer.hidden_size = E, H
+    for name, rows, inputs in (("w13", 2 * M, H), ("w2", H, M)):
+        packed = torch.zeros(E, inputs // 8, rows, dtype=torch.int32)
+        scale = torch.zeros(E, inputs // GROUP, rows, dtype=torch.bfloat16)
+        for part, tensor in (("packed", packed), ("scale", scale)):
+            parameter: Any = nn.Parameter(tensor, requires_grad=False)
+            parameter.is_transposed = True
+            setattr(layer, f"{name}_weight_{part}", parameter)
+        setattr(layer, f"{name}_weight_g_idx", nn.Parameter(torch.zeros(E, inputs, dtype=torch.int32), False))
+        setattr(layer, f"{name}_g_idx_sort_indices", nn.Parameter(torch.zeros(E, inputs, dtype=torch.int32), False))
+    layer.quant_method = _Int4ExpertsMethod()
+    model: Any = nn.Module()
+    model.experts = nn.Module()
+    model.experts.routed_experts = layer
+    model.norm = nn.RMSNorm(H, dtype=torch.bfloat16)
+    record_metadata_for_reloading(model)
+    layer.quant_method.process_weights_after_loading(layer)
+    return model
+
+
+def test_int4_experts_are_refilled_in_place_and_probed_through_both_products():
+    model: Any = _int4_experts()
+    layer, format = model.experts.routed_experts, formats.get("w4a16_g32")
+    found = refill.slots(model)
+    assert set(found) == {"experts.w13", "experts.w2", "norm"}
+    assert refill.contract_hash(model, format) == format.contract_hash(
+        {"experts.w13": (E, 2 * M, H), "experts.w2": (E, H, M)}
+    )
+    addresses = {name: p.data_ptr() for name, p in layer.named_parameters()}
+    kernel = layer.quant_method.moe_kernel
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        shapes = {"experts.w13": (E, 2 * M, H), "experts.w2": (E, H, M)}
+        codes = {name: INT4.quantize(torch.randn(shape), GROUP) for name, shape in shapes.items()}
+        raw = {param: refill._raw(found[name], part, codes[name][part])
+               for name in codes for part, param in found[name].params.items()}  # fmt: skip
+        refill._load_on_gpu(layer, raw)
+        assert {name: p.data_ptr() for name, p in layer.named_parameters()} == addresses
+        assert layer.quant_method.moe_kernel is kernel
+        columns = np.array([0, 5, 9, 31])
+        for name, parts in codes.items():
+            expected = INT4.dequantize(parts, GROUP, torch.bfloat16)[..., columns].float().numpy()
+            np.testing.assert_array_equal(refill.served_columns(model, name, columns), expected)
 
 
 def test_int4_experts_are_published_with_outputs_first_though_vllm_holds_inputs_first():
