@@ -142,11 +142,11 @@ def served_columns(model: nn.Module, name: str, columns: np.ndarray) -> np.ndarr
     """
     slot = slots(model)[name]
     module: Any = slot.module
-    norm = next(p for p in model.parameters() if p.is_floating_point() and p.ndim == 1)
+    like = next(m.weight for m in model.modules() if isinstance(m, VocabParallelEmbedding))
     code = next(part for part in slot.params if slot.raw(part).dtype in _GRIDS)
     n_inputs = slot.shape(code)[-1] * (8 if slot.raw(code).dtype == torch.int32 else 1)
-    one_hot = torch.zeros(len(columns), n_inputs, dtype=norm.dtype, device=norm.device)
-    one_hot.scatter_(1, torch.from_numpy(columns).to(norm.device)[:, None], 1)
+    one_hot = torch.zeros(len(columns), n_inputs, dtype=like.dtype, device=like.device)
+    one_hot.scatter_(1, torch.from_numpy(columns).to(like.device)[:, None], 1)
     if isinstance(module, LinearBase):
         served = module.quant_method.apply(module, one_hot, None)
     else:
