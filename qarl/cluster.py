@@ -52,8 +52,8 @@ class Standing:
 
     contract_hash: str
     coverage: str
-    backend: str
-    """The one that computes, where `auto` was asked for."""
+    arithmetic: str
+    """How it computes: the backend of its products, where `auto` was asked for, and whose the other ops are."""
 
 
 class _LearnerActor:
@@ -73,7 +73,7 @@ class _LearnerActor:
 
         learner = self._learner = Learner(**arguments)
         coverage = formats.coverage(arguments["format"], learner.parameters())
-        return Standing(learner.contract_hash(), str(coverage), learner.aligned.backend)
+        return Standing(learner.contract_hash(), str(coverage), learner.aligned.describe())
 
     def publish(self, version: int, n_tiles: int) -> tuple[dict[str, Any] | None, Any]:
         update = self._learner.publish(version, n_tiles)

@@ -36,7 +36,7 @@ def run(config: RunConfig) -> None:
     run_dir = open_run(config)  # only now: a mistake in data or model moves no old run aside
     with Rewarder(config.reward) as rewarder, Cluster.open(config, inputs.model) as cluster:
         standing = cluster.learner.standing
-        say(f"{config.rollout.format}: {standing.coverage}; learner backend {standing.backend}")
+        say(f"{config.rollout.format}: {standing.coverage}; learner: {standing.arithmetic}")
         restore(run_dir, cluster, inputs)  # before the metrics of steps to be done again are moved aside
         with Metrics.open(run_dir.path, config, run_dir.first_step) as metrics:
             train(config, run_dir, inputs, cluster, rewarder, metrics)

@@ -36,7 +36,6 @@ class AlignedModel:
         for name, shape in self.covered.items():
             format.check_shape(name, shape)
         self._prepared: dict[str, Prepared] = {}
-        self._n_linear = sum(len(shape) > 1 and "embed_tokens" not in name for name, shape in shapes.items())
         self._format, self.backend, self.follows_engine = format, "none", False
         if self.covered and backend != "none":
             self.backend = choose(format.name, backend, device_type, dtype)
@@ -50,17 +49,13 @@ class AlignedModel:
             follow_engine(model, device_type)
 
     def describe(self) -> str:
-        """How the learner computes, in one line for the start of a run."""
+        """How the learner computes, in a few words for the start of a run."""
         if not self.covered:
-            return f"{self._format.name}: nothing is quantized"
-        covered = f"{len(self.covered)} of {self._n_linear} linear weights"
+            return "nothing is quantized"
         if self.backend == "none":
-            return f"{self._format.name}: not aligned (learner.backend is none); the sampler quantizes {covered}"
-        products = f"products {self.backend}"
-        if self._format.weight == "int4":
-            products += " (dequantized as Marlin does)"
-        other = "engine" if self.follows_engine else "torch"
-        return f"{self._format.name}: {products}, other ops {other}; {covered}"
+            return "not aligned (learner.backend is none)"
+        how = " (dequantized as Marlin does)" if self._format.weight == "int4" else ""
+        return f"products {self.backend}{how}, other ops {'engine' if self.follows_engine else 'torch'}"
 
     def invalidate(self) -> None:
         """Forget all codes: the weights have changed."""

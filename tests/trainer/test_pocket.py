@@ -4,7 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import reasoning_gym
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -14,6 +13,7 @@ from qarl.shapes import parameter_shapes, pocket_architecture
 from qarl.trainer import pocket
 from qarl.trainer.pocket import build_model, build_tokenizer, demonstration, demonstrations, pocket_model
 
+reasoning_gym = pytest.importorskip("reasoning_gym")  # not to be had on every GPU machine
 BRIEF = PocketConfig(layers=1, steps=3, batch_size=4)
 ITEM = {"answer": "7", "metadata": {"expression": "4 - 1 - 7 + 2 + 9"}}
 
