@@ -57,21 +57,6 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x * inverse).round_().clamp_(-128, 127).nan_to_num_(0).to(torch.int8), scale
 
 
-@torch.no_grad()
-def quantize_expert_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The same for rows of experts. On CUDA vLLM has another kernel for them, `per_token_quant_int8`: an absmax below 1e-10
-    counts as 1e-10, and ties round away from zero. (Its division is not IEEE's: one code in some ten thousand differs.)"""
-    if not x.is_cuda:
-        return quantize_tokens(x)
-    x = x.float()
-    absmax = x.abs().amax(-1, keepdim=True).clamp_min(1e-10)
-    limit = absmax.new_full((), 127)
-    codes = x * (limit / absmax)
-    whole = codes.trunc()
-    codes = whole + codes.sign() * ((codes - whole).abs() >= 0.5)
-    return codes.nan_to_num_(0).to(torch.int8), absmax / limit
-
-
 def prepare(codes: Codes, group: int | None, dtype: torch.dtype) -> Codes:
     """Codes as the products want them: as they are. A matrix, or E experts [E, N, K]."""
     _no_group(group)
@@ -91,7 +76,7 @@ def grouped_product(x: Tensor, operand: Codes, offsets: Tensor, row_weights: Ten
     """
     weight, w_scale = operand["weight"], operand["weight_scale"]
     y = x.new_zeros(len(x), weight.shape[1])
-    codes, x_scale = quantize_expert_tokens(x)
+    codes, x_scale = quantize_tokens(x)
     for expert, rows in spans(offsets):
         acc = _exact_sum(codes[rows], weight[expert])
         weights = None if row_weights is None else row_weights[rows]

@@ -54,12 +54,6 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     return quantize_rows(x, "int8 tokens")
 
 
-def quantize_expert_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The same for inputs of experts, which vLLM quantizes by another kernel (`per_token_quant_int8`): it divides less
-    exactly and rounds ties away from zero."""
-    return quantize_rows(x, "int8 expert tokens")
-
-
 def prepare(codes: Codes, group: int | None, dtype: torch.dtype) -> Operand:
     """Codes as the products want them: a matrix or E experts. A view, where K is a multiple of 16."""
     _no_group(group)
@@ -80,7 +74,7 @@ def grouped_product(x: Tensor, operand: Operand, offsets: Tensor, row_weights: T
     Rows after the last offset are 0. `row_weights` [M] float32 multiply the result before it is rounded. The offsets
     stay on the device.
     """
-    return multiply_grouped(*quantize_expert_tokens(x), operand, offsets, row_weights, x.dtype)
+    return multiply_grouped(*quantize_tokens(x), operand, offsets, row_weights, x.dtype)
 
 
 def multiply(codes: Tensor, scale: Tensor, operand: Operand, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -124,7 +118,7 @@ def _launch(
     x, w = _pad(x), operand.codes.view(-1, operand.codes.shape[-1])
     m, n = y.shape
     experts = 0 if offsets is None else len(offsets)
-    tile = _tile(m // max(experts, 1), n, experts > 0)
+    tile = _tile(m, n, max(experts, 1))
     rows = triton.cdiv(m, tile.m)
     table = x  # any pointer: a matrix's is not read
     if offsets is not None:
@@ -133,8 +127,7 @@ def _launch(
         table = torch.empty(3, rows, dtype=torch.int32, device=x.device)
         power = triton.next_power_of_2(experts)
         _assign[(triton.cdiv(rows, 64),)](offsets, table, m, rows, experts, tile.m, power, 64)
-    programs = rows * triton.cdiv(n, tile.n)
-    _multiply[(min(_processors(x), programs) if tile.persistent else programs,)](
+    _multiply[(rows * triton.cdiv(n, tile.n),)](
         TensorDescriptor.from_tensor(x, [tile.m, tile.k]),
         TensorDescriptor.from_tensor(w, [tile.n, tile.k]),
         y,
@@ -154,7 +147,6 @@ def _launch(
         tile.m,
         tile.n,
         tile.k,
-        tile.persistent,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
@@ -166,22 +158,13 @@ class _Tile(NamedTuple):
     k: int
     warps: int
     stages: int
-    persistent: bool
-    """Whether a program computes many tiles, the loads of the next one under way before this one is stored."""
 
 
-def _tile(rows: int, n: int, grouped: bool) -> _Tile:
-    """By the rows of a matrix, or of an expert on average, and the columns."""
-    if rows <= 64:
-        return _Tile(64, 128, 128, 4, 4, not grouped)
-    if not grouped and rows * n < 132 * 128 * 256:  # larger tiles would leave processors without one
-        return _Tile(128, 128, 128, 8, 4, True)
-    return _Tile(128, 256, 128, 8, 4, not grouped)
-
-
-def _processors(x: Tensor) -> int:
-    # In the interpreter some, so that a program has more tiles than one there, too.
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
+def _tile(m: int, n: int, experts: int) -> _Tile:
+    """The smaller one for experts of few rows, and where tiles of the larger are so few that some processors would idle: each
+    computes two at a time, and there are 132."""
+    few = m <= 64 * experts or m * n < 4 * 132 * 128 * 128
+    return _Tile(64, 128, 128, 4, 4) if few else _Tile(128, 128, 128, 4, 3)
 
 
 def _pad(codes: Tensor) -> Tensor:
@@ -232,45 +215,43 @@ def _multiply(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PERSISTENT: tl.constexpr,
 ):
-    """y [M, N] = rescaled x · wᵀ. Each of P programs takes every P-th tile, so that those of a moment share what they load."""
+    """y [M, N] = rescaled x · wᵀ, a tile in each program."""
     columns = tl.cdiv(n, BLOCK_N)
-    for index in tl.range(tl.program_id(0), tiles * columns, tl.num_programs(0), flatten=PERSISTENT):
-        tile, block = _place(index, tiles, columns)
-        row, column = tile * BLOCK_M, block * BLOCK_N
-        w_row = column
-        end, last_row, last_column = m, m, n  # of the rows to be stored; of those that have a weight; its columns
-        steps = tl.cdiv(k, BLOCK_K)
-        if GROUPED:
-            expert = tl.load(table_ptr + tile)
-            row = tl.load(table_ptr + tiles + tile)
-            end = tl.load(table_ptr + 2 * tiles + tile)
-            w_row = expert * n + column
-            last_row = tl.where(expert < experts, end, 0)
-            last_column = tl.where(row < last_row, n, 0)
-            steps = tl.where(row < last_row, steps, 0)
-        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
-        # Triton waits for an integer product at the end of every step, though not for one in float32.
-        for start in range(0, steps * BLOCK_K, BLOCK_K):
-            acc = tl.dot(x_tiles.load([row, start]), w_tiles.load([w_row, start]).T, acc, out_dtype=tl.int32)
-        y_row = row + tl.arange(0, BLOCK_M)
-        y_column = column + tl.arange(0, BLOCK_N)
-        x_scale = tl.load(x_scale_ptr + y_row, mask=y_row < last_row, other=0.0)
-        w_scale = tl.load(w_scale_ptr + w_row + tl.arange(0, BLOCK_N), mask=y_column < last_column, other=0.0)
-        y = acc.to(tl.float32)
-        if GROUPED:
-            # As vLLM's kernel for experts, whose order is not that of its kernel for a matrix.
-            y = y * x_scale[:, None] * w_scale[None, :]
-            if WEIGHTED:
-                y = y * tl.load(row_weights_ptr + y_row, mask=y_row < last_row, other=0.0)[:, None]
-        elif BIAS:
-            bias = tl.load(bias_ptr + y_column, mask=y_column < n, other=0.0).to(tl.float32)
-            y = _multiply_add(y * w_scale[None, :], x_scale[:, None], bias[None, :])
-        else:
-            y = y * w_scale[None, :] * x_scale[:, None]
-        inside = (y_row < end)[:, None] & (y_column < n)[None, :]
-        tl.store(y_ptr + y_row.to(tl.int64)[:, None] * n + y_column[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
+    tile, block = _place(tl.program_id(0), tiles, columns)
+    row, column = tile * BLOCK_M, block * BLOCK_N
+    w_row = column
+    end, last_row, last_column = m, m, n  # of the rows to be stored; of those that have a weight; its columns
+    steps = tl.cdiv(k, BLOCK_K)
+    if GROUPED:
+        expert = tl.load(table_ptr + tile)
+        row = tl.load(table_ptr + tiles + tile)
+        end = tl.load(table_ptr + 2 * tiles + tile)
+        w_row = expert * n + column
+        last_row = tl.where(expert < experts, end, 0)
+        last_column = tl.where(row < last_row, n, 0)
+        steps = tl.where(row < last_row, steps, 0)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
+    # Triton waits for an integer product at the end of every step, though not for one in float32.
+    for start in range(0, steps * BLOCK_K, BLOCK_K):
+        acc = tl.dot(x_tiles.load([row, start]), w_tiles.load([w_row, start]).T, acc, out_dtype=tl.int32)
+    y_row = row + tl.arange(0, BLOCK_M)
+    y_column = column + tl.arange(0, BLOCK_N)
+    x_scale = tl.load(x_scale_ptr + y_row, mask=y_row < last_row, other=0.0)
+    w_scale = tl.load(w_scale_ptr + w_row + tl.arange(0, BLOCK_N), mask=y_column < last_column, other=0.0)
+    y = acc.to(tl.float32)
+    if GROUPED:
+        # As vLLM's kernel for experts, whose order is not that of its kernel for a matrix.
+        y = y * x_scale[:, None] * w_scale[None, :]
+        if WEIGHTED:
+            y = y * tl.load(row_weights_ptr + y_row, mask=y_row < last_row, other=0.0)[:, None]
+    elif BIAS:
+        bias = tl.load(bias_ptr + y_column, mask=y_column < n, other=0.0).to(tl.float32)
+        y = _multiply_add(y * w_scale[None, :], x_scale[:, None], bias[None, :])
+    else:
+        y = y * w_scale[None, :] * x_scale[:, None]
+    inside = (y_row < end)[:, None] & (y_column < n)[None, :]
+    tl.store(y_ptr + y_row.to(tl.int64)[:, None] * n + y_column[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

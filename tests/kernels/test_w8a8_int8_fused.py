@@ -117,24 +117,6 @@ def test_tokens_follow_vllms_cuda_rule(k: int, device: str) -> None:
     assert torch.equal(codes, expected)
 
 
-def test_expert_tokens_round_ties_away_from_zero(device: str) -> None:
-    """absmax 127: the inverse is 1, so values are codes before they are rounded."""
-    x = torch.tensor([[127, 0.5, -0.5, 1.5, 2.5, -2.5, 0.49, -100.5, 0.0]], device=device).bfloat16()
-    codes, scale = fused.quantize_expert_tokens(x)
-    assert codes.tolist() == [[127, 1, -1, 2, 3, -3, 0, -101, 0]] and scale.item() == 1
-    assert fused.quantize_tokens(x)[0].tolist() == [[127, 0, 0, 2, 2, -2, 0, -100, 0]]
-    zero = torch.zeros(1, 9, device=device).bfloat16()
-    assert fused.quantize_expert_tokens(zero)[1].item() == pytest.approx(1e-10 / 127)
-
-
-def test_expert_tokens_that_are_not_finite_stay_in_their_row(device: str) -> None:
-    x = hostile_rows(64, device)
-    codes, scale = fused.quantize_expert_tokens(x)
-    bad = ~x.isfinite().all(-1)
-    assert torch.equal(scale.isfinite().squeeze(-1), ~bad)
-    assert not codes[bad].any()
-
-
 @pytest.mark.parametrize("shape", [(1, 1, 1), (5, 7, 33), (70, 130, 256), (130, 40, 300), (64, 128, 128)])
 @pytest.mark.parametrize("biased", [False, True])
 def test_product_is_the_exact_sum_rescaled(shape: tuple[int, int, int], biased: bool, device: str) -> None:
@@ -200,7 +182,7 @@ def test_experts(counts: list[int], after: int, weighted: bool, offset_dtype: to
     x = torch.randn(m, 40, device=device).bfloat16()
     x[sum(counts) :] = float("nan")  # of no expert: their rows are 0 all the same
     row_weights = torch.rand(m, device=device) if weighted else None
-    codes, scale = fused.quantize_expert_tokens(x)
+    codes, scale = fused.quantize_tokens(x)
     operand = fused.prepare(weight, None, torch.bfloat16)
     y = fused.multiply_grouped(codes, scale, operand, offsets, row_weights, torch.float32)
     assert torch.equal(y, experts_reference(codes, scale, weight, offsets, row_weights, torch.float32))
@@ -251,7 +233,7 @@ def test_true_experts(shape: tuple[int, int], m: int) -> None:
     x = torch.randn(int(offsets[-1]) + 33, k, device="cuda").bfloat16()
     row_weights = torch.rand(len(x), device="cuda")
     y = fused.grouped_product(x, fused.prepare(weight, None, torch.bfloat16), offsets, row_weights)
-    codes, scale = fused.quantize_expert_tokens(x)
+    codes, scale = fused.quantize_tokens(x)
     assert torch.equal(y, experts_reference(codes, scale, weight, offsets, row_weights, torch.bfloat16))
 
 
