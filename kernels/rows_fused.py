@@ -14,14 +14,12 @@ from torch import Tensor
 # The arithmetics, as the kernels see them.
 _INT8_WEIGHT: tl.constexpr = tl.constexpr(0)
 _INT8_TOKENS: tl.constexpr = tl.constexpr(1)
-_INT8_EXPERT_TOKENS: tl.constexpr = tl.constexpr(2)
-_E4M3_WEIGHT: tl.constexpr = tl.constexpr(3)
-_E4M3_TOKENS: tl.constexpr = tl.constexpr(4)
+_E4M3_WEIGHT: tl.constexpr = tl.constexpr(2)
+_E4M3_TOKENS: tl.constexpr = tl.constexpr(3)
 
 _RULES = {
     "int8 weight": _INT8_WEIGHT,
     "int8 tokens": _INT8_TOKENS,
-    "int8 expert tokens": _INT8_EXPERT_TOKENS,
     "e4m3 weight": _E4M3_WEIGHT,
     "e4m3 tokens": _E4M3_TOKENS,
 }
@@ -36,10 +34,9 @@ def quantize_rows(x: Tensor, rule: str) -> tuple[Tensor, Tensor]:
 
     "int8 weight", "e4m3 weight"   scale = absmax / 127 (or 448), 1 for a zero row; code = round(x / scale)
     "int8 tokens"                  scale = absmax / 127; code = round(x · (127 / absmax)), ties to even
-    "int8 expert tokens"           absmax >= 1e-10; the same with Triton's quick division and ties away from zero
     "e4m3 tokens"                  scale = max(absmax / 448, 1 / (448 · 512)); code = round(x / scale)
 
-    Division is IEEE's but where said. A row with NaN has scale NaN, one with inf has inf; no other row changes.
+    Division is IEEE's. A row with NaN has scale NaN, one with inf has inf; no other row changes.
     """
     x = x.contiguous()
     k, rows = x.shape[-1], x[..., 0].numel()
@@ -125,12 +122,9 @@ def _magnitude(value):
 
 @triton.jit
 def _scale(largest, RULE: tl.constexpr):
-    """From the largest magnitude: absmax as the rule takes it, and the scale."""
+    """absmax, of which these are the bits, and the scale."""
     absmax = largest.to(tl.float32, bitcast=True)
-    if RULE == _INT8_EXPERT_TOKENS:
-        absmax = tl.maximum(absmax, 1e-10, propagate_nan=tl.PropagateNan.ALL)
-        scale = absmax / 127
-    elif RULE == _E4M3_TOKENS:
+    if RULE == _E4M3_TOKENS:
         scale = tl.div_rn(absmax, tl.full(absmax.shape, 448.0, tl.float32))
         scale = tl.maximum(scale, 1 / (448.0 * 512.0), propagate_nan=tl.PropagateNan.ALL)
     else:
@@ -151,17 +145,12 @@ def _encode(value, absmax, scale, RULE: tl.constexpr):
         code = value.to(tl.float8e4nv)
     elif RULE == _INT8_WEIGHT:
         code = _round_to_even(tl.minimum(tl.maximum(_divide(value, scale), -limit), limit))
-    elif RULE == _INT8_TOKENS:
+    else:
         inverse = tl.div_rn(tl.full(absmax.shape, 127.0, tl.float32), absmax)
         value = value * tl.where(absmax == 0, 0.0, inverse)
         # Below 4e-37 the inverse is inf: a 0 then is NaN here and shall be code 0, the rest saturates.
         value = tl.where(value == value, value, 0.0)
         code = _round_to_even(tl.minimum(tl.maximum(value, tl.where(limit == 0, 0.0, -128.0)), limit))
-    else:
-        value = tl.minimum(tl.maximum(value * (127 / absmax), -limit), limit)
-        # Half away from zero. Below 0.5 the sum may round up to 1.
-        value = tl.where(tl.abs(value) < 0.5, 0.0, tl.where(value < 0, value - 0.5, value + 0.5))
-        code = value.to(tl.int8)
     return code
 
 

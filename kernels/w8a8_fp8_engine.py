@@ -1,32 +1,49 @@
-"""w8a8_fp8 by vLLM's own CUDA ops, called as vLLM 0.26 calls them on Hopper.
+"""w8a8_fp8 by vLLM's own CUDA kernels, as vLLM 0.26 calls them on Hopper in our engine's settings.
 
-A matrix: `scaled_fp8_quant` per token, then CUTLASS (`CutlassFP8ScaledMMLinearKernel`; Marlin and FlashInfer come before
-it in vLLM's list, but refuse such a GPU). Experts: `CutlassExpertsFp8`, which is `cutlass_moe_mm` for both products.
-
-vLLM's experts multiply by the router's weights when they sum each token's rows, in float32, from rows that are rounded
-already. To follow that to the last bit, ask for no `row_weights` here and weigh the rows in that sum.
+A matrix: `scaled_fp8_quant` per token, then CUTLASS (`CutlassFP8ScaledMMLinearKernel`). Rows are quantized by `fused`'s
+kernel, which gives that op's bits sooner. Experts are a Triton kernel in vLLM, on rows that the same op quantizes; here
+they are `fused`'s, equal to it but for the tensor core's order of summation: Triton's kernel is the slower one.
 """
 
 from __future__ import annotations
 
 from functools import cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qarl.kernels.routing import clear_after
-from qarl.kernels.w8a8_fp8 import Codes, dequantize, quantize, quantize_tokens
+from qarl.kernels import w8a8_fp8
+from qarl.kernels.w8a8_fp8 import Codes
 
 if TYPE_CHECKING:
     from qarl.kernels.w8a8_fp8_fused import Operand
 
-__all__ = ["dequantize", "grouped_product", "prepare", "product", "quantize", "quantize_tokens", "refusal"]
 
-#: Up to here vLLM has the grouped product compute yᵀ, whose smallest tile is smaller.
-_TRANSPOSED_ROWS = 64
+def quantize(weight: Tensor, group: int | None = None) -> Codes:
+    """weight [*, N, K] -> the definition's codes; on CUDA by the kernel of `fused`, whose bits are the same."""
+    return _rows(weight).quantize(weight, group)
+
+
+def dequantize(codes: Codes, group: int | None, dtype: torch.dtype) -> Tensor:
+    """Ŵ [*, N, K], likewise."""
+    return _rows(codes["weight"]).dequantize(codes, group, dtype)
+
+
+def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [M, K] -> codes float8_e4m3fn [M, K], scale float32 [M, 1], likewise: those of vLLM's op."""
+    return _rows(x).quantize_tokens(x)
+
+
+def _rows(x: Tensor) -> Any:
+    """The module to quantize x with."""
+    if not x.is_cuda:
+        return w8a8_fp8
+    from qarl.kernels import w8a8_fp8_fused
+
+    return w8a8_fp8_fused
 
 
 def prepare(codes: Codes, group: int | None, dtype: torch.dtype) -> Operand:
@@ -49,9 +66,9 @@ def grouped_product(x: Tensor, operand: Operand, offsets: Tensor, row_weights: T
 
     `row_weights` [M] float32 enter with the inputs' scales: before the result is rounded.
     """
-    if not len(x):
-        return x.new_empty(0, operand.n)
-    return clear_after(_grouped_product_engine(x, operand, offsets, row_weights), offsets)
+    from qarl.kernels import w8a8_fp8_fused
+
+    return w8a8_fp8_fused.grouped_product(x, operand, offsets, row_weights)
 
 
 def refusal(device_type: str, dtype: torch.dtype) -> str | None:
@@ -78,37 +95,13 @@ def _engine_refusal(device_type: str) -> str | None:
 
 @torch.no_grad()
 def _product_engine(x: Tensor, operand: Operand, bias: Tensor | None) -> Tensor:
-    """The calls of vLLM's `FP8ScaledMMLinearKernel.apply_weights` and `CutlassFP8ScaledMMLinearKernel.apply_scaled_mm`."""
+    """vLLM's `FP8ScaledMMLinearKernel.apply_weights` and `CutlassFP8ScaledMMLinearKernel.apply_scaled_mm`."""
     from vllm import _custom_ops as ops
 
     from qarl.kernels.w8a8_fp8_fused import pad
 
-    codes, scale = ops.scaled_fp8_quant(x.contiguous(), use_per_token_if_dynamic=True)
+    codes, scale = quantize_tokens(x)
     columns = operand.codes.shape[0]
     bias = None if bias is None else F.pad(bias, (0, columns - operand.n))
     y = ops.cutlass_scaled_mm(pad(codes), operand.codes.t(), scale, operand.scale, x.dtype, bias)
-    return y[:, : operand.n].contiguous()
-
-
-@torch.no_grad()
-def _grouped_product_engine(x: Tensor, operand: Operand, offsets: Tensor, row_weights: Tensor | None) -> Tensor:
-    """One of the two products of vLLM's `run_cutlass_moe_fp8`. Rows after the last offset are left as they were."""
-    from vllm import _custom_ops as ops
-
-    from qarl.kernels.w8a8_fp8_fused import pad
-
-    codes, scale = ops.scaled_fp8_quant(x.contiguous(), use_per_token_if_dynamic=True)
-    codes = pad(codes)
-    experts, n, k = operand.codes.shape
-    ends = offsets.long()
-    starts = F.pad(ends[:-1], (1, 0))
-    sizes = torch.empty(experts, 3, dtype=torch.int32, device=x.device)
-    rows, columns = (1, 0) if len(x) <= _TRANSPOSED_ROWS else (0, 1)
-    sizes[:, rows], sizes[:, columns], sizes[:, 2] = ends - starts, n, k
-    y = x.new_empty(len(x), n)
-    along_k, along_n = torch.full_like(ends, k), torch.full_like(ends, n)
-    scale = scale if row_weights is None else scale * row_weights[:, None]
-    ops.cutlass_moe_mm(
-        y, codes, operand.codes, scale, operand.scale, starts, sizes, along_k, along_k, along_n, True, True
-    )
     return y[:, : operand.n].contiguous()

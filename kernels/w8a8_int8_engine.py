@@ -1,8 +1,9 @@
 """w8a8_int8 by vLLM's own ops: on CUDA as vLLM 0.26 calls them, on CPU oneDNN's.
 
-CUDA: the definition's bits. A matrix is `scaled_int8_quant` and CUTLASS (`CutlassInt8ScaledMMLinearKernel`). Experts are
-a Triton kernel in vLLM; their inputs are quantized by its very kernel here, and the product is `fused`'s: the same
-integers, scaled in the same order. (vLLM adds them up in float32, so a sum beyond 2^24 may differ in its last bit.)
+CUDA: the definition's bits. A matrix is `scaled_int8_quant` and CUTLASS (`CutlassInt8ScaledMMLinearKernel`). Rows are
+quantized by `fused`'s kernel, which gives that op's bits sooner. Experts are a Triton kernel in vLLM, on rows that the
+same op quantizes; here they are `fused`'s: the same integers, scaled in the same order. (vLLM adds them up in float32, so
+a sum beyond 2^24 may differ in its last bit.)
 
 CPU: the definition's exact sum where there is VNNI (results are then equal bit for bit, given AVX512_BF16; vLLM's other
 builds round the last step otherwise). Without VNNI oneDNN saturates int16 pairs: 3.4 % off, which is why a learner has to
@@ -19,13 +20,36 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from qarl.kernels import w8a8_int8
 from qarl.kernels.routing import spans
-from qarl.kernels.w8a8_int8 import Codes, dequantize, quantize, quantize_tokens
+from qarl.kernels.w8a8_int8 import Codes
 
 if TYPE_CHECKING:
     from qarl.kernels.w8a8_int8_fused import Operand as CudaOperand
 
-__all__ = ["dequantize", "grouped_product", "prepare", "product", "quantize", "quantize_tokens", "refusal"]
+
+def quantize(weight: Tensor, group: int | None = None) -> Codes:
+    """weight [*, N, K] -> the definition's codes; on CUDA by the kernel of `fused`, whose bits are the same."""
+    return _rows(weight).quantize(weight, group)
+
+
+def dequantize(codes: Codes, group: int | None, dtype: torch.dtype) -> Tensor:
+    """Ŵ [*, N, K], likewise."""
+    return _rows(codes["weight"]).dequantize(codes, group, dtype)
+
+
+def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [M, K] -> codes int8 [M, K], scale float32 [M, 1], likewise: those of vLLM's op on x's device."""
+    return _rows(x).quantize_tokens(x)
+
+
+def _rows(x: Tensor) -> Any:
+    """The module to quantize x with."""
+    if not x.is_cuda:
+        return w8a8_int8
+    from qarl.kernels import w8a8_int8_fused
+
+    return w8a8_int8_fused
 
 
 @dataclass(frozen=True)
@@ -65,7 +89,9 @@ def grouped_product(x: Tensor, operand: Any, offsets: Tensor, row_weights: Tenso
     rounded by then, and vLLM has no int8 experts there to equal.
     """
     if x.is_cuda:
-        return _grouped_product_cuda_engine(x, operand, offsets, row_weights)
+        from qarl.kernels import w8a8_int8_fused
+
+        return w8a8_int8_fused.grouped_product(x, operand, offsets, row_weights)
     y = x.new_zeros(len(x), operand[0].handler.n)
     for expert, rows in spans(offsets):
         y[rows] = product(x[rows], operand[expert])
@@ -107,28 +133,14 @@ def _engine_refusal(device_type: str) -> str | None:
 
 
 def _product_cuda_engine(x: Tensor, operand: CudaOperand, bias: Tensor | None) -> Tensor:
-    """The calls of vLLM's `CutlassInt8ScaledMMLinearKernel.apply_weights`, symmetric and dynamic per token."""
+    """vLLM's `CutlassInt8ScaledMMLinearKernel.apply_weights`, symmetric and dynamic per token."""
     from vllm import _custom_ops as ops
 
     if not len(x):  # not a size for its kernels
         return x.new_empty(0, len(operand.codes))
-    codes, scale, _ = ops.scaled_int8_quant(x.contiguous(), symmetric=True)
+    codes, scale = quantize_tokens(x)
     weight = operand.codes[:, : operand.k].t()
     return ops.cutlass_scaled_mm(codes, weight, scale_a=scale, scale_b=operand.scale, out_dtype=x.dtype, bias=bias)
-
-
-def _grouped_product_cuda_engine(
-    x: Tensor, operand: CudaOperand, offsets: Tensor, row_weights: Tensor | None
-) -> Tensor:
-    """`TritonExperts.apply` of vLLM: the quantization of its `_int8_quantize`, then one of its two products."""
-    from vllm.model_executor.layers.quantization.utils.int8_utils import per_token_quant_int8
-
-    from qarl.kernels.w8a8_int8_fused import multiply_grouped
-
-    if not len(x):
-        return x.new_empty(0, operand.codes.shape[1])
-    codes, scale = per_token_quant_int8(x)
-    return multiply_grouped(codes, scale, operand, offsets, row_weights, x.dtype)
 
 
 def _prepare_cpu_engine(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> CpuOperand:

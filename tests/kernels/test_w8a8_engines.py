@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qarl.kernels import w8a8_fp8, w8a8_fp8_engine, w8a8_int8, w8a8_int8_engine
+from qarl.kernels.dispatch import load
 
 ENGINES = [w8a8_int8_engine, w8a8_fp8_engine]
 
@@ -70,15 +71,11 @@ def tokens(m: int, k: int) -> Tensor:
 @pytest.mark.parametrize("k", [16, 768, 4096, 16384, 20000])
 def test_tokens_equal_vllms_ops(k: int) -> None:
     from vllm import _custom_ops as ops
-    from vllm.model_executor.layers.quantization.utils.int8_utils import per_token_quant_int8
-
-    from qarl.kernels import w8a8_fp8_fused, w8a8_int8_fused
 
     x = tokens(300, k)
     for ours, (codes, scale, *_) in (
-        (w8a8_int8_fused.quantize_tokens(x), ops.scaled_int8_quant(x)),
-        (w8a8_int8_fused.quantize_expert_tokens(x), per_token_quant_int8(x)),
-        (w8a8_fp8_fused.quantize_tokens(x), ops.scaled_fp8_quant(x, use_per_token_if_dynamic=True)),
+        (w8a8_int8_engine.quantize_tokens(x), ops.scaled_int8_quant(x)),
+        (w8a8_fp8_engine.quantize_tokens(x), ops.scaled_fp8_quant(x, use_per_token_if_dynamic=True)),
     ):
         assert torch.equal(ours[0].view(torch.uint8), codes.view(torch.uint8))
         assert torch.equal(ours[1], scale)
@@ -125,54 +122,72 @@ def test_int8_engine_follows_vllms_layer_call_for_call() -> None:
     assert w8a8_int8_engine.product(x[:0], operand).shape == (0, 96)
 
 
-@pytest.mark.gpu
-@pytest.mark.usefixtures("on_hopper")
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("m", [40, 3000])
-def test_int8_experts_equal_vllms_kernel(m: int, weighted: bool) -> None:
-    """`fused_moe_kernel` with one expert per token, whose rows are sorted already."""
+@pytest.mark.parametrize("format_name", ["w8a8_int8", "w8a8_fp8"])
+def test_engine_quantizes_as_the_definition(format_name: str, device: str) -> None:
+    engine, definition = load(format_name, "engine"), load(format_name, "emulated")
+    weight = torch.randn(3, 40, 48, device=device)
+    ours, expected = engine.quantize(weight), definition.quantize(weight)
+    assert torch.equal(ours["weight"].float(), expected["weight"].float())
+    assert torch.equal(ours["weight_scale"], expected["weight_scale"])
+    back = definition.dequantize(expected, None, torch.bfloat16)
+    assert torch.equal(engine.dequantize(ours, None, torch.bfloat16), back)
+
+
+def vllms_experts(
+    x: Tensor, x_scale: Tensor, weight: dict[str, Tensor], expert: Tensor, row_weights: Tensor | None
+) -> Tensor:
+    """`fused_moe_kernel` on codes x [M, K], with one expert per token, whose rows are sorted already."""
     from vllm.model_executor.layers.fused_moe.fused_moe import invoke_fused_moe_triton_kernel
     from vllm.model_executor.layers.fused_moe.moe_align_block_size import moe_align_block_size
-    from vllm.model_executor.layers.quantization.utils.int8_utils import per_token_quant_int8
     from vllm.triton_utils import tl
 
-    from qarl.kernels import w8a8_int8_fused
-
-    experts, n, k = 8, 384, 512
-    codes = w8a8_int8_fused.quantize(torch.randn(experts, n, k, device="cuda"))
-    x = torch.randn(m, k, device="cuda").bfloat16()
-    expert = torch.randint(0, experts - 1, (m,), device="cuda").sort().values
-    offsets = torch.bincount(expert, minlength=experts).cumsum(0)
-    row_weights = torch.rand(m, device="cuda")
+    experts, n, _ = weight["weight"].shape
     blocks = {"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 128, "GROUP_SIZE_M": 8, "SPLIT_K": 1}
     rows, owners, padded = moe_align_block_size(expert[:, None].int(), 64, experts)
-    theirs = torch.empty(m, 1, n, dtype=torch.bfloat16, device="cuda")
-    x_codes, x_scale = per_token_quant_int8(x)
+    y = torch.empty(len(x), 1, n, dtype=torch.bfloat16, device="cuda")
     invoke_fused_moe_triton_kernel(
-        x_codes,
-        codes["weight"],
-        theirs,
+        x,
+        weight["weight"],
+        y,
         x_scale,
-        codes["weight_scale"],
-        row_weights[:, None] if weighted else None,
+        weight["weight_scale"],
+        None if row_weights is None else row_weights[:, None],
         rows,
         owners,
         padded,
-        weighted,
+        row_weights is not None,
         1,
         blocks,
         compute_type=tl.bfloat16,
-        use_fp8_w8a8=False,
-        use_int8_w8a8=True,
+        use_fp8_w8a8=x.dtype != torch.int8,
+        use_int8_w8a8=x.dtype == torch.int8,
         use_int8_w8a16=False,
         use_int4_w4a16=False,
         per_channel_quant=True,
         block_shape=None,
     )
-    weights = row_weights if weighted else None
-    for module in (w8a8_int8_engine, w8a8_int8_fused):
-        y = module.grouped_product(x, module.prepare(codes, None, torch.bfloat16), offsets, weights)
-        assert torch.equal(y, theirs[:, 0])
+    return y[:, 0]
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("m", [40, 3000])
+def test_int8_experts_equal_vllms_kernel(m: int, weighted: bool) -> None:
+    from vllm import _custom_ops as ops
+
+    from qarl.kernels import w8a8_int8_fused
+
+    experts, n, k = 8, 384, 512
+    codes = w8a8_int8.quantize(torch.randn(experts, n, k, device="cuda"))
+    x = torch.randn(m, k, device="cuda").bfloat16()
+    expert = torch.randint(0, experts - 1, (m,), device="cuda").sort().values
+    offsets = torch.bincount(expert, minlength=experts).cumsum(0)
+    row_weights = torch.rand(m, device="cuda") if weighted else None
+    theirs = vllms_experts(*ops.scaled_int8_quant(x)[:2], codes, expert, row_weights)
+    for module in (w8a8_int8_engine, w8a8_int8_fused, w8a8_int8):
+        y = module.grouped_product(x, module.prepare(codes, None, torch.bfloat16), offsets, row_weights)
+        assert torch.equal(y, theirs)
 
 
 def assert_as_near_as_tensor_cores_are(a: Tensor, b: Tensor, magnitude: Tensor) -> None:
@@ -206,26 +221,21 @@ def test_fp8_engine_and_fused_against_the_definition(shape: tuple[int, int, int]
 @pytest.mark.gpu
 @pytest.mark.usefixtures("on_hopper")
 @pytest.mark.parametrize("counts", [[3, 0, 5, 0], [0, 0, 0, 700], [300, 1, 0, 0, 90]])
-@pytest.mark.parametrize("shape", [(33, 17), (1536, 2048)])
+@pytest.mark.parametrize("shape", [(384, 512), (1536, 2048)])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_fp8_experts_of_engine_and_fused(counts: list[int], shape: tuple[int, int], weighted: bool) -> None:
-    from qarl.kernels import w8a8_fp8_fused
+def test_fp8_experts_are_near_vllms_kernel(counts: list[int], shape: tuple[int, int], weighted: bool) -> None:
+    from vllm import _custom_ops as ops
 
-    offsets = torch.tensor(counts, device="cuda").cumsum(0)
-    codes = w8a8_fp8_fused.quantize(torch.randn(len(counts), *shape, device="cuda"))
-    x = torch.randn(sum(counts) + 3, shape[1], device="cuda").bfloat16()
+    expert = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).cuda()
+    codes = w8a8_fp8.quantize(torch.randn(len(counts), *shape, device="cuda"))
+    x = torch.randn(sum(counts), shape[1], device="cuda").bfloat16()
     row_weights = torch.rand(len(x), device="cuda") if weighted else None
-    engine, fused = (
-        module.grouped_product(x, module.prepare(codes, None, torch.bfloat16), offsets, row_weights)
-        for module in (w8a8_fp8_engine, w8a8_fp8_fused)
-    )
-    expert = torch.searchsorted(offsets, torch.arange(sum(counts), device="cuda"), right=True)
+    operand = w8a8_fp8_engine.prepare(codes, None, torch.bfloat16)
+    offsets = torch.tensor(counts, device="cuda").cumsum(0)
+    y = w8a8_fp8_engine.grouped_product(x, operand, offsets, row_weights)
+    x_codes, x_scale = ops.scaled_fp8_quant(x, use_per_token_if_dynamic=True)
+    theirs = vllms_experts(x_codes, x_scale, codes, expert, row_weights)
     w_hat = codes["weight"].double() * codes["weight_scale"]
-    x_hat = (
-        x[: sum(counts)].double().abs()
-        if row_weights is None
-        else x[: sum(counts)].double().abs() * row_weights[: sum(counts), None]
-    )
-    magnitude = torch.cat([x_hat[expert == e] @ w_hat[e].abs().t() for e in range(len(counts))])
-    assert_as_near_as_tensor_cores_are(engine[: sum(counts)], fused[: sum(counts)], 2 * magnitude)
-    assert not engine[sum(counts) :].any() and not fused[sum(counts) :].any()
+    x_hat = x_codes.double() * x_scale * (1 if row_weights is None else row_weights[:, None])
+    magnitude = torch.cat([x_hat[expert == e].abs() @ w_hat[e].abs().t() for e in range(len(counts))])
+    assert_as_near_as_tensor_cores_are(y, theirs, 2 * magnitude)  # of which either may be off by one
