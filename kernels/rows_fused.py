@@ -25,7 +25,7 @@ _RULES = {
 }
 
 #: Longest row kept in registers; longer ones are read twice.
-_ROW = 16384
+_ROW = 12288
 
 
 @torch.no_grad()
@@ -44,9 +44,11 @@ def quantize_rows(x: Tensor, rule: str) -> tuple[Tensor, Tensor]:
     codes = torch.empty(x.shape, dtype=dtype, device=x.device)
     scale = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
     if x.numel():
-        block, per_program, warps = _tile(k)
+        # In three parts 768 or 12288 columns leave no lane idle and fewer registers empty.
+        parts = 0 if k > _ROW else 3 if k <= 3 * triton.next_power_of_2(k) // 4 else 1
+        block, per_program, warps = _tile(k, parts) if parts else _tile(4096)
         _quantize[(triton.cdiv(rows, per_program),)](
-            x, codes, scale, rows, k, _RULES[rule], per_program, block, k <= block, num_warps=warps
+            x, codes, scale, rows, k, _RULES[rule], per_program, block, parts, num_warps=warps
         )
     return codes, scale
 
@@ -64,11 +66,11 @@ def dequantize_rows(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _tile(k: int) -> tuple[int, int, int]:
-    """(columns, rows, warps) of a program: one row or 4096 elements of several, 32 elements for each thread."""
-    block = min(max(triton.next_power_of_2(k), 16), _ROW)
-    rows = max(4096 // block, 1)
-    return block, rows, rows * block // 1024
+def _tile(k: int, parts: int = 1) -> tuple[int, int, int]:
+    """(columns of a part, rows, warps) of a program: one row or 4096 elements of several, 24 to 48 a thread."""
+    block = max(triton.next_power_of_2(triton.cdiv(k, parts)), 16)
+    rows = max(4096 // (block * triton.next_power_of_2(parts)), 1)
+    return block, rows, 8 if rows * block * parts > 6144 else 4
 
 
 @triton.jit
@@ -81,18 +83,27 @@ def _quantize(
     RULE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    ONCE: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
+    """Rows of PARTS blocks, kept in registers; with 0, rows of any length, read twice."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     at = row[:, None] * k + column[None, :]
     mine = (row < rows)[:, None]
-    if ONCE:
-        inside = mine & (column < k)[None, :]
-        value = _widen(tl.load(x_ptr + at, mask=inside, other=0.0))
-        absmax, scale = _scale(tl.max(_magnitude(value), axis=1), RULE)
+    if PARTS:
+        values = ()
+        for part in tl.static_range(PARTS):
+            inside = mine & (column + part * BLOCK < k)[None, :]
+            values = values + (_widen(tl.load(x_ptr + at + part * BLOCK, mask=inside, other=0.0)),)
+        largest = _magnitude(values[0])
+        for part in tl.static_range(1, PARTS):
+            largest = tl.maximum(largest, _magnitude(values[part]))
+        absmax, scale = _scale(tl.max(largest, axis=1), RULE)
         tl.store(scale_ptr + row, scale, mask=row < rows)
-        tl.store(codes_ptr + at, _encode(value, absmax[:, None], scale[:, None], RULE), mask=inside)
+        for part in tl.static_range(PARTS):
+            inside = mine & (column + part * BLOCK < k)[None, :]
+            code = _encode(values[part], absmax[:, None], scale[:, None], RULE)
+            tl.store(codes_ptr + at + part * BLOCK, code, mask=inside)
     else:
         largest = tl.zeros([ROWS, BLOCK], tl.int32)
         for start in range(0, k, BLOCK):
@@ -164,8 +175,9 @@ def _divide(value, scale):
     if (tl.min(scale) > 1e-24) & (tl.max(scale) < 1e38):
         inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
         quotient = value * inverse
-        residual = tl.fma(-quotient, tl.broadcast_to(scale, value.shape), value)
-        quotient = tl.fma(residual, tl.broadcast_to(inverse, value.shape), quotient)
+        # With these signs a quotient of -0 stays what it is. Triton's unary minus is 0 - x, which is no -0.
+        residual = tl.fma(quotient, tl.broadcast_to(scale, value.shape), value * -1.0)
+        quotient = tl.fma(residual, tl.broadcast_to(inverse * -1.0, value.shape), quotient)
     else:  # the residual might underflow, or there is inf
         quotient = tl.div_rn(value, tl.broadcast_to(scale, value.shape))
     return quotient

@@ -60,7 +60,7 @@ def experts_reference(
     return y
 
 
-@pytest.mark.parametrize("k", [1, 16, 33, 768, 4096])
+@pytest.mark.parametrize("k", [1, 16, 33, 768, 4096, 12280])
 def test_weight_equals_the_definition(k: int, device: str) -> None:
     weight = hostile_rows(k, device)
     ours, expected = fused.quantize(weight), w8a8_int8.quantize(weight)
@@ -194,7 +194,9 @@ def test_it_is_refused_where_it_does_not_run() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(24576, 4096), (128, 1536, 2048), (128, 2048, 768), (64, 20000), (7, 17)])
+@pytest.mark.parametrize(
+    "shape", [(24576, 4096), (128, 1536, 2048), (128, 2048, 768), (512, 12288), (64, 20000), (7, 17)]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_true_weights_equal_the_definition(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     weight = torch.randn(shape, device="cuda", dtype=dtype)
