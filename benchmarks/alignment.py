@@ -18,10 +18,8 @@ import torch
 
 from benchmarks import alignment_gpu, record
 from qarl.cli import compose
-from qarl.cluster import LearnerGroup, Sampler, ray_session
 from qarl.config import Backend, RunConfig
 from qarl.prepare import prepare
-from qarl.samples import score, to_samples
 from qarl.seeds import completion_seeds
 
 BACKENDS: dict[str, tuple[Backend, ...]] = {"bf16": ("none",), "w8a8_int8": ("none", "emulated", "engine")}
@@ -53,6 +51,9 @@ def cases(trained: str | None) -> Iterator[tuple[str, RunConfig]]:
 
 def measure(name: str, config: RunConfig, prompts: int) -> Iterator[dict[str, Any]]:
     """One row a format and backend, of completions that the engine samples once a format."""
+    from qarl.cluster import LearnerGroup, Sampler, ray_session  # needs Ray, which a GPU's way does not
+    from qarl.samples import score, to_samples
+
     inputs = prepare(config)
     asked, n = inputs.train.take(prompts), config.algorithm.group
     for format, backends in BACKENDS.items():

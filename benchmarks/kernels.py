@@ -1,7 +1,7 @@
 """Low-bit kernels against bf16 on the same tensors: `python -m benchmarks.kernels [--only dense head] [--tiny]`.
 
 Shapes of Qwen3-8B and Qwen3-30B-A3B. Each row: median milliseconds on the device, the floor by bytes and by operations at the
-rates measured first, and the ratio to bf16 of the same run, below 1 where low-bit is faster. Written to
+rates measured first, and the ratio to bf16, which is run in turn with it: below 1 where low-bit is faster. Written to
 `results/kernels_h200.json` (by the GPU's name) row by row. Exits 1 where a row failed.
 """
 
@@ -11,7 +11,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks import layers, record
 from benchmarks.rows import Bar, Report, Row, pivot
-from benchmarks.timing import Ceilings, device, device_name, free, median_ms, rotated
+from benchmarks.timing import Ceilings, Work, against, device, device_name, free, median_ms, rotated
 from qarl import formats
 from qarl.kernels.dispatch import load, quantizer
 
@@ -43,7 +43,9 @@ LINEARS = {
     "30B qkv": (5120, 2048),
     "30B o": (2048, 4096),
 }
-ROWS = (128, 1024, 8192, 16384, 65536)
+FEW = 128
+"""At so few tokens only the backend that a learner gets is measured."""
+ROWS = (FEW, 1024, 8192, 16384, 65536)
 #: Where `emulated` is measured too, once, and a step that quantizes the weight.
 EMULATED, QUANTIZED = ("8B o", 1024), ("8B gate_up", 16384)
 
@@ -112,31 +114,51 @@ def _share(measure: Callable[[], float], n_bytes: float, ceilings: Ceilings) -> 
 
 
 def dense(report: Report, ceilings: Ceilings, tiny: bool) -> None:
-    """Linear layers, forward and forward + backward, against `F.linear`."""
+    """Linear layers, forward and forward + backward, beside `F.linear`."""
     for layer, (n, k) in {"tiny": (32, 128)}.items() if tiny else LINEARS.items():
         for m in (5, 16) if tiny else ROWS:
             sets = rotated(partial(_linear, m, n, k))
-            at = {"group": "dense", "layer": layer, "m": m}
+            once = tiny or (layer, m) == EMULATED, tiny or (layer, m) == QUANTIZED
             for training in (False, True):
-                passes = "fwd+bwd" if training else "fwd"
-                row = {**at, "format": "bf16", "pass": passes}
-                floors = _dense_floors(ceilings, m, n, k, "bf16", training)
-                bf16 = report.add(row, partial(_timed, _passes(F.linear, training), sets, floors)).get("ms")
-                contenders = layers.contenders(FORMATS, emulated=tiny or (layer, m) == EMULATED)
-                for name, backend in contenders:
-                    row = {**at, "format": name, "backend": backend, "pass": passes}
-                    floors = _dense_floors(ceilings, m, n, k, name, training)
-                    measure = partial(_aligned, name, backend, training, False, sets, floors, bf16)
-                    report.add(row, measure, *_dense_bars(name, backend, m, training))
-                    if training and (tiny or (layer, m) == QUANTIZED):
-                        measure = partial(_aligned, name, backend, training, True, sets, floors, bf16)
-                        report.add({**row, "pass": "quantize+fwd+bwd"}, measure)
+                _linear_rows(report, ceilings, layer, sets, training, *once)
             del sets
             free()
 
 
+def _linear_rows(
+    report: Report,
+    ceilings: Ceilings,
+    layer: str,
+    sets: list[tuple],
+    training: bool,
+    emulated: bool,
+    quantized: bool,
+) -> None:
+    (m, k), n = sets[0][0].shape, len(sets[0][1])
+    at = {"group": "dense", "layer": layer, "m": m, "pass": "fwd+bwd" if training else "fwd"}
+    bf16: dict[str, Work] = {}
+    floors = partial(_dense_floors, ceilings, m, n, k, training=training)
+    make = partial(Work, _passes(F.linear, training), sets)
+    report.add({**at, "format": "bf16"}, partial(layers.kept, bf16, "bf16", make, floors("bf16")))
+    for name, backend in layers.contenders(FORMATS, emulated):
+        if m == FEW and backend != layers.preferred(name):
+            continue
+        row = {**at, "format": name, "backend": backend}
+        measure = partial(_aligned, name, backend, training, False, sets, floors(name), bf16)
+        report.add(row, measure, *_dense_bars(name, backend, m, training))
+        if training and quantized:
+            measure = partial(_aligned, name, backend, training, True, sets, floors(name), bf16)
+            report.add({**row, "pass": "quantize+fwd+bwd"}, measure)
+
+
 def _aligned(
-    name: str, backend: str, training: bool, quantized: bool, sets: list[tuple], floors: Row, bf16: float | None
+    name: str,
+    backend: str,
+    training: bool,
+    quantized: bool,
+    sets: list[tuple],
+    floors: Row,
+    baselines: dict[str, Work],
 ) -> Row:
     """`quantized`: codes are made in each run, as in the first micro-batch of a step; else once, before."""
     from qarl.kernels.linear import aligned_linear
@@ -148,7 +170,18 @@ def _aligned(
         return aligned_linear(x, weight, None, arithmetic, prepared)
 
     codes = [(*inputs, None if quantized else arithmetic.prepare(inputs[1].detach())) for inputs in sets]
-    return _timed(_passes(forward, training), codes, floors, bf16)
+    row = {**against(Work(_passes(forward, training), codes), baselines), **floors}
+    if name.startswith("w8a8"):
+        row["tokens_ms"] = _tokens_ms(name, backend, *sets[0][0].shape)
+        if "bf16_ms" in row:
+            row["tokens_ratio"] = row["tokens_ms"] / row["bf16_ms"]
+    return row
+
+
+@cache
+def _tokens_ms(name: str, backend: str, m: int, k: int) -> float:
+    """Milliseconds that quantizing the tokens takes of a product's, alone."""
+    return _tokens_of(name, backend, rotated(partial(_random, (m, k))))()
 
 
 def _passes(forward: Callable[..., Tensor], training: bool) -> Callable[..., object]:
@@ -161,11 +194,6 @@ def _passes(forward: Callable[..., Tensor], training: bool) -> Callable[..., obj
             return forward(x, weight, *more)
 
     return run
-
-
-def _timed(run: Callable[..., object], sets: list[tuple], floors: Row, bf16: float | None = None) -> Row:
-    ms = median_ms(run, sets)
-    return {"ms": ms, **floors, **({"bf16_ms": bf16, "ratio": ms / bf16} if bf16 else {})}
 
 
 def _dense_floors(ceilings: Ceilings, m: int, n: int, k: int, name: str, training: bool) -> Row:
@@ -219,8 +247,15 @@ def summary(report: Report) -> str:
 
     show("share of copy bandwidth (q: quantize, deq: dequantize)", of("quantize"), ("layer",), column, "share")
     show("dense, time / bf16 (f: forward, b: backward)", plain, ("layer", "m"), column, "ratio")
+    judged = [
+        r for r in plain if r["pass"] == "fwd" and r["backend"] == layers.preferred(r["format"]) and "tokens_ratio" in r
+    ]
+    show("quantizing the tokens alone, time / bf16 forward", judged, ("layer", "m"), short, "tokens_ratio")
     show("dense, measured once", once, ("layer", "m", "pass"), short, "ratio")
-    show("experts, time / bf16", of("experts"), ("case", "layer"), column, "ratio")
+    show("experts, time / bf16 (the faster)", of("experts"), ("case", "layer"), column, "ratio")
+    blocks = [row for row in of("experts") if "ratio_transformers" in row]
+    for baseline in ("transformers", "ours"):
+        show(f"expert layer, time / bf16 by {baseline}", blocks, ("case",), column, f"ratio_{baseline}")
     show("head, time / dense", of("head"), ("m",), lambda row: "chunked", "ratio")
     tables = [f"{title}\n{table}\n" for title, table in shown]
     return "\n".join([*tables, report.troubles(), report.verdicts()])

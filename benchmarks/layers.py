@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.rows import Bar, Report, Row
-from benchmarks.timing import Ceilings, device, free, median_ms, peak_bytes
+from benchmarks.timing import Ceilings, Work, against, device, free, peak_bytes
 from qarl import formats
 from qarl.config import LearnerConfig
 from qarl.kernels.dispatch import choose
 
 FORMATS = ("w4a16", "w8a8_int8", "w8a8_fp8")
-TRAIN_EXPERTS = Bar("w4a16 experts forward + backward", "ratio", 1.08)
-INFER_EXPERTS = Bar("w8a8 experts forward", "ratio", 1 / 1.2)
+TRAIN_EXPERTS = Bar("w4a16 expert layer forward + backward", "ratio", 1.08)
+INFER_EXPERTS = Bar("w8a8 expert layer forward", "ratio", 1 / 1.2)
 HEAD_TIME = Bar("head: time / dense", "ratio", 1.3)
 HEAD_MEMORY = Bar("head: memory above inputs and gradients / dense", "memory_ratio", 1 / 8)
 
@@ -54,7 +54,10 @@ def arithmetic(name: str, backend: str) -> Any:
 
 
 def experts(report: Report, ceilings: Ceilings, tiny: bool) -> None:
-    """The block (routing, both products, activation, weighted sum) and each product alone, by a random and a skewed router."""
+    """The block (routing, both products, activation, weighted sum) and each product alone, by a random and a skewed router.
+
+    The block in bf16 is measured twice, as transformers has it and as ours with products in bf16: bars judge against the faster.
+    """
     n_experts, hidden, width, tokens, top_k = (8, 128, 128, 12, 2) if tiny else (128, 2048, 768, 16384, 8)
     rows = tokens * top_k
     for case in ("random", "skewed"):
@@ -63,64 +66,107 @@ def experts(report: Report, ceilings: Ceilings, tiny: bool) -> None:
         floors = partial(
             _floors, ceilings, tokens, hidden, hidden, 3 * n_experts * hidden * width, 6.0 * rows * hidden * width
         )
-        _compare(report, {"case": case, "layer": "block", "m": tokens}, partial(_block, build, index), floors)
+        at = {"case": case, "layer": "block", "m": tokens}
+        _compare(report, at, ("transformers", "ours"), partial(_block, build, index), floors)
+        free()
         offsets = torch.bincount(index.flatten(), minlength=n_experts).cumsum(0, dtype=torch.int32)
         for layer, (n, k) in {"gate_up": (2 * width, hidden), "down": (hidden, width)}.items():
             given = leaf(rows, k), leaf(n_experts, n, k), leaf(rows, n).detach()
             floors = partial(_floors, ceilings, rows, n, k, n_experts * n * k, 2.0 * rows * n * k)
-            _compare(report, {"case": case, "layer": layer, "m": rows}, partial(_product, given, offsets), floors)
+            at = {"case": case, "layer": layer, "m": rows}
+            _compare(report, at, ("torch",), partial(_product, given, offsets), floors)
             del given
             free()
 
 
-def _compare(report: Report, at: Row, measure: Callable[..., float], floors: Callable[[str, bool], Row]) -> None:
-    """Rows of every format beside those of bf16, forward and forward + backward."""
-
-    def timed(name: str, backend: str, training: bool, bf16: float | None) -> Row:
-        ms = measure(name, backend, training)
-        free()
-        return {"ms": ms, **floors(name, training), **({"bf16_ms": bf16, "ratio": ms / bf16} if bf16 else {})}
-
+def _compare(
+    report: Report,
+    at: Row,
+    baselines: tuple[str, ...],
+    work: Callable[[str, str, bool], Work],
+    floors: Callable[[str, bool], Row],
+) -> None:
+    """Rows of bf16, by each of `baselines`, and of every format beside them, forward and forward + backward."""
     for training in (False, True):
         row = {"group": "experts", **at, "pass": "fwd+bwd" if training else "fwd"}
-        bf16 = report.add({**row, "format": "bf16"}, partial(timed, "bf16", "none", training, None)).get("ms")
+        bf16: dict[str, Work] = {}
+        for backend in baselines:
+            measure = partial(kept, bf16, backend, partial(work, "bf16", backend, training), floors("bf16", training))
+            report.add({**row, "format": "bf16", "backend": backend}, measure)
         for name, backend in contenders(FORMATS):
             bar = TRAIN_EXPERTS if training else INFER_EXPERTS
-            judged = backend == preferred(name) and training == (name == "w4a16")
-            kind = {"format": name, "backend": backend}
-            report.add({**row, **kind}, partial(timed, name, backend, training, bf16), *((bar,) if judged else ()))
+            judged = at["layer"] == "block" and backend == preferred(name) and training == (name == "w4a16")
+            measure = partial(_beside, partial(work, name, backend, training), bf16, floors(name, training))
+            report.add({**row, "format": name, "backend": backend}, measure, *((bar,) if judged else ()))
 
 
-def _block(build: Callable[[], Any], index: Tensor, name: str, backend: str, training: bool) -> float:
-    """Milliseconds of the module of experts: transformers' own by grouped products, or aligned."""
-    from qarl.trainer.aligned import AlignedModel
+def kept(works: dict[str, Work], name: str, make: Callable[[], Work], floors: Row) -> Row:
+    """A baseline's own row; it stays in `works` to be run beside the others."""
+    row = {**against(work := make(), {}), **floors}
+    works[name] = work
+    return row
+
+
+def _beside(make: Callable[[], Work], baselines: dict[str, Work], floors: Row) -> Row:
+    free()
+    return {**against(make(), baselines), **floors}
+
+
+def _block(build: Callable[[], Any], index: Tensor, name: str, backend: str, training: bool) -> Work:
+    """The module of experts: in bf16 transformers' own by grouped products or ours, else aligned."""
+    from qarl.trainer.aligned import AlignedModel, _Experts
 
     model = build()
-    if name != "bf16":
-        AlignedModel(model, formats.get(name), backend, device().type, torch.bfloat16)
     module = model.model.layers[0].mlp.experts
+    if backend == "ours":
+        module.forward = _Experts(cast(AlignedModel, Bf16Experts()), module, "experts")
+    elif name != "bf16":
+        AlignedModel(model, formats.get(name), backend, device().type, torch.bfloat16)
     x = leaf(len(index), module.hidden_dim)
     weights = torch.rand(index.shape, device=x.device, dtype=x.dtype).requires_grad_()
     dy = torch.randn_like(x)
     learned = (x, weights, module.gate_up_proj, module.down_proj)
-    return _milliseconds(lambda: module(x, index, weights), learned, dy, training)
+    return _work(lambda: module(x, index, weights), learned, dy, training)
 
 
-def _product(given: tuple[Tensor, Tensor, Tensor], offsets: Tensor, name: str, backend: str, training: bool) -> float:
-    """Milliseconds of one grouped product: torch's, or aligned with codes made once."""
+class Bf16Experts:
+    """Our expert layer without a format: what an `AlignedModel` and its `Arithmetic` offer, and the weights are their own codes."""
+
+    def experts(
+        self, x: Tensor, name: str, weight: Tensor, offsets: Tensor, row_weights: Tensor | None = None
+    ) -> Tensor:
+        from qarl.kernels.linear import Prepared, aligned_experts
+
+        own: Any = self
+        return aligned_experts(
+            x, weight, offsets, own, Prepared({"weight": weight.detach()}, weight.detach()), row_weights
+        )
+
+    @property
+    def module(self) -> Bf16Experts:
+        return self
+
+    def grouped_product(self, x: Tensor, weight: Tensor, offsets: Tensor, row_weights: Tensor | None) -> Tensor:
+        y = torch._grouped_mm(x, weight.transpose(1, 2), offs=offsets)
+        return y if row_weights is None else y.mul_(row_weights[:, None].to(y.dtype))
+
+    def dequantize(self, codes: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+        return codes["weight"]
+
+
+def _product(given: tuple[Tensor, Tensor, Tensor], offsets: Tensor, name: str, backend: str, training: bool) -> Work:
+    """One grouped product: torch's, or aligned with codes made once."""
     from qarl.kernels.linear import aligned_experts
 
     x, weight, dy = given
     if name == "bf16":
-        return _milliseconds(
-            lambda: torch._grouped_mm(x, weight.transpose(1, 2), offs=offsets), (x, weight), dy, training
-        )
+        return _work(lambda: torch._grouped_mm(x, weight.transpose(1, 2), offs=offsets), (x, weight), dy, training)
     by = arithmetic(name, backend)
     prepared = by.prepare(weight.detach())
-    return _milliseconds(lambda: aligned_experts(x, weight, offsets, by, prepared), (x, weight), dy, training)
+    return _work(lambda: aligned_experts(x, weight, offsets, by, prepared), (x, weight), dy, training)
 
 
-def _milliseconds(forward: Callable[[], Tensor], learned: tuple[Tensor, ...], dy: Tensor, training: bool) -> float:
+def _work(forward: Callable[[], Tensor], learned: tuple[Tensor, ...], dy: Tensor, training: bool) -> Work:
     """One set of inputs is enough: the experts' weights are far larger than the cache."""
 
     def run() -> object:
@@ -129,7 +175,7 @@ def _milliseconds(forward: Callable[[], Tensor], learned: tuple[Tensor, ...], dy
         with torch.no_grad():
             return forward()
 
-    return median_ms(run, [()])
+    return Work(run, [()])
 
 
 def _moe_model(n_experts: int, hidden: int, width: int, top_k: int) -> Any:
@@ -184,35 +230,34 @@ def head(report: Report, ceilings: Ceilings, tiny: bool) -> None:
         inputs = (leaf(m, hidden), leaf(vocabulary, hidden), torch.randint(vocabulary, (m,), device=device()))
         floors = ceilings.floors(6.0 * (m + vocabulary) * hidden, 6.0 * m * vocabulary * hidden)
         row = {"group": "head", "m": m, "pass": "fwd+bwd"}
-        dense = report.add({**row, "format": "bf16"}, partial(_scored, _dense_logprobs, inputs, floors, None))
-        measure = partial(_scored, chunked, inputs, floors, dense)
+        works: dict[str, Work] = {}
+        dense = report.add({**row, "format": "bf16"}, partial(_scored, _dense_logprobs, inputs, floors, works, {}))
+        measure = partial(_scored, chunked, inputs, floors, works, dense)
         report.add({**row, "format": "chunked"}, measure, HEAD_TIME, HEAD_MEMORY)
-        del inputs, measure
+        del inputs, measure, works
         free()
 
 
-def _scored(score: Callable[..., tuple[Tensor, Tensor]], inputs: tuple, floors: Row, dense: Row | None) -> Row:
+def _scored(
+    score: Callable[..., tuple[Tensor, Tensor]], inputs: tuple, floors: Row, works: dict[str, Work], dense: Row
+) -> Row:
+    """Beside those in `works`, of which it is one from then on; `dense`: the row to compare memory with."""
     d_logprobs = torch.randn(len(inputs[2]), device=device())
 
     def run(x: Tensor, weight: Tensor, targets: Tensor) -> object:
         logprobs, entropies = score(x, weight, targets)
         return torch.autograd.grad(logprobs, (x, weight), d_logprobs), entropies
 
-    row: Row = {"ms": median_ms(run, [inputs]), **floors}
+    work = Work(run, [inputs])
+    row: Row = {**against(work, works), **floors}
+    works["dense"] = work
     if device().type == "cuda":
         row["peak_gb"] = peak_bytes(run, inputs) / 1e9
         row["working_gb"] = row["peak_gb"] - (inputs[0].nbytes + inputs[1].nbytes) / 1e9  # without the two gradients
-    return row | (_against(row, dense) if dense and "ms" in dense else {})
-
-
-def _against(row: Row, dense: Row) -> Row:
-    ratios = {"bf16_ms": dense["ms"], "ratio": row["ms"] / dense["ms"]}
-    if "peak_gb" in row:
-        ratios |= {
-            "memory_ratio": row["working_gb"] / dense["working_gb"],
-            "peak_ratio": row["peak_gb"] / dense["peak_gb"],
-        }
-    return ratios
+    if "peak_gb" in row and "peak_gb" in dense:
+        row["memory_ratio"] = row["working_gb"] / dense["working_gb"]
+        row["peak_ratio"] = row["peak_gb"] / dense["peak_gb"]
+    return row
 
 
 def _dense_logprobs(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,12 +2,14 @@
 
 Forward, backward and optimizer of `qarl.trainer.learner.Learner` on one device, on packed sequences; Qwen3-8B's and
 Qwen3-30B-A3B's shapes with random weights, cut to as many layers as fit with optimizer state. Every step quantizes its weights.
+bf16 runs first and again last: what changed in between is the device's.
 Written to `results/learner_h200.json` (by the GPU's name) row by row. Exits 1 where a row failed.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -46,7 +48,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "model_type": "qwen3",
         "hidden_size": 4096,
         "intermediate_size": 12288,
-        "num_hidden_layers": 8,
+        "num_hidden_layers": 6,
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
     },
@@ -55,7 +57,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "model_type": "qwen3_moe",
         "hidden_size": 2048,
         "intermediate_size": 6144,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 3,
         "num_attention_heads": 32,
         "num_key_value_heads": 4,
         "num_experts": 128,
@@ -70,23 +72,27 @@ TINY_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_si
 
 
 def measure_model(report: Report, name: str, tiny: bool) -> None:
-    """A row for each format, without and with gradient checkpointing."""
+    """A row for each format, without and with gradient checkpointing, then bf16 again: its ratio is what the device drifted."""
     shape = MODELS[name] | (TINY if tiny else {}) | (TINY_EXPERTS if tiny and name == "experts" else {})
-    sequences, length, steps = (2, 12, 1) if tiny else (8, 2048, 5)
+    sequences, length, steps = (2, 12, 1) if tiny else (8, 2048, 3)
     batch = make_batch(shape["vocab_size"], sequences, length)
     bf16: dict[bool, Row] = {}
     with random_model(shape) as folder:
-        for format in FORMATS:
+        for format, again in [*((format, False) for format in FORMATS), ("bf16", True)]:
             started = Lazy(partial(make_learner, folder, format, tiny))
-            for checkpointing in (False, True):
+            for checkpointing in (False,) if again else (False, True):
                 layer = f"{name}, {shape['num_hidden_layers']} layers{', checkpointing' if checkpointing else ''}"
                 row = {"group": "learner", "layer": layer, "m": sequences * length, "format": format}
+                row |= {"pass": "again"} if again else {}
                 bars = (BARS[format],) if name == "dense" and format in BARS else ()
                 measure = partial(timed_steps, started, batch, steps, checkpointing, bf16.get(checkpointing))
                 done = report.add(row, measure, *bars)
-                if format == "bf16":
+                if format == "bf16" and not again:
                     bf16[checkpointing] = done
-            started.close()
+            try:
+                started.close()
+            except Exception as error:
+                report.fail({"group": "learner", "layer": name, "format": format, "pass": "close"}, error)
 
 
 class Lazy:
@@ -94,6 +100,8 @@ class Lazy:
 
     def __init__(self, make: Callable[[], Any]) -> None:
         self.make, self.learner = make, None
+        self.held_gb = torch.cuda.memory_allocated() / 1e9 if device().type == "cuda" else 0.0
+        """What the learners before it have left behind."""
 
     def __call__(self) -> Any:
         if self.learner is None:
@@ -102,11 +110,16 @@ class Lazy:
 
     def close(self) -> None:
         """Its memory is needed for the next one."""
-        if self.learner is not None:
-            self.learner.engine.destroy()
-            vars(self.learner).clear()  # hooks of the optimizer hold the learner, and it them
-            self.learner = None
-        free()
+        learner, self.learner = self.learner, None
+        try:
+            if learner is not None:
+                learner.engine.destroy()
+        finally:
+            if learner is not None:
+                vars(learner).clear()  # hooks of the optimizer hold the learner, and it them
+            del learner
+            gc.collect()  # once for DeepSpeed's objects, and only then nothing in C++ holds the parameters: `free` is the second
+            free()
 
 
 def make_learner(folder: Path, format: str, tiny: bool) -> Any:
@@ -123,7 +136,7 @@ def make_learner(folder: Path, format: str, tiny: bool) -> Any:
 
 
 def timed_steps(started: Lazy, batch: MicroBatch, steps: int, checkpointing: bool, bf16: Row | None) -> Row:
-    """Medians over `steps`, after two that compile and allocate. `score`: a forward alone, by codes that the step left stale."""
+    """Medians over `steps`, after one that compiles and allocates. `score`: a forward alone, by codes that the step left stale."""
     learner = started()
     if checkpointing:
         learner.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -132,20 +145,20 @@ def timed_steps(started: Lazy, batch: MicroBatch, steps: int, checkpointing: boo
     old = learner.score([batch])[0]  # ratios are then near 1: nothing is clipped, no gradient is zero
     batch = replace(batch, old_logprobs=old, sampler_logprobs=old)
     seconds: list[dict[str, float]] = []
-    for step in range(2 + steps):
-        if step == 2 and device().type == "cuda":
+    for step in range(1 + steps):
+        if step == 1 and device().type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         before = now()
         stats = learner.update([batch], batch.n_sequences, batch.n_response_tokens)
         updated = now()
         learner.score([batch])
         seconds.append({"step": updated - before, **stats.seconds, "score": now() - updated})
-    median = {key: statistics.median(s[key] for s in seconds[2:]) * 1e3 for key in seconds[0]}
+    median = {key: statistics.median(s[key] for s in seconds[1:]) * 1e3 for key in seconds[0]}
     row: Row = {"backend": learner.aligned.backend, "ms": median.pop("step")}
     row |= {f"{stage}_ms": ms for stage, ms in median.items()}
     row["tokens_per_s"] = len(batch.tokens) / row["ms"] * 1e3
     if device().type == "cuda":
-        row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        row |= {"peak_gb": torch.cuda.max_memory_allocated() / 1e9, "held_gb": started.held_gb}
     if bf16 and "ms" in bf16:
         row |= {"bf16_ms": bf16["ms"], "ratio": row["ms"] / bf16["ms"]}
         row |= {"peak_ratio": row["peak_gb"] / bf16["peak_gb"]} if "peak_gb" in row else {}
@@ -197,9 +210,24 @@ def random_weights() -> Iterator[None]:
 
 
 def summary(report: Report) -> str:
-    columns = {"layer": "", "format": "", "backend": "", "ms": ".1f", "forward_ms": ".1f", "backward_ms": ".1f"}
-    columns |= {"optimizer_ms": ".1f", "score_ms": ".1f", "ratio": ".3f", "peak_gb": ".1f", "peak_ratio": ".2f"}
-    rows = [{"backend": "–", **row} for row in report.rows if "layer" in row]
+    columns = {
+        "layer": "",
+        "format": "",
+        "pass": "",
+        "backend": "",
+        "ms": ".1f",
+        "forward_ms": ".1f",
+        "backward_ms": ".1f",
+    }
+    columns |= {
+        "optimizer_ms": ".1f",
+        "score_ms": ".1f",
+        "ratio": ".3f",
+        "peak_gb": ".1f",
+        "peak_ratio": ".2f",
+        "held_gb": ".1f",
+    }
+    rows = [{"backend": "–", "pass": "", **row} for row in report.rows if "layer" in row]
     return "\n".join([record.table(rows, columns), report.troubles(), report.verdicts()])
 
 

@@ -84,7 +84,15 @@ class Report:
                 except DeviceLost:
                     raise
                 except Exception as error:
-                    self.add({"group": name}, _raiser(error))
+                    self.fail({"group": name}, error)
+
+    def fail(self, row: Row, error: Exception) -> Row:
+        """A row for what broke outside the measured ones."""
+
+        def measure() -> Row:
+            raise error
+
+        return self.add(row, measure)
 
     def save(self) -> None:
         if self.out is not None:
@@ -139,10 +147,3 @@ def _line(row: Row) -> str:
     trouble = [f"{kind}: {row[kind]}" for kind in ("refused", "failed") if kind in row]
     missed = [f"MISSED {bar}" for bar, met in row["bars"].items() if met is False]
     return "  ".join([label(row), *numbers, *trouble, *missed])
-
-
-def _raiser(error: Exception) -> Callable[[], Row]:
-    def measure() -> Row:
-        raise error
-
-    return measure

@@ -6,14 +6,15 @@ import gc
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-BUDGET_MS = 80.0
-"""Device time of one measurement, warm-up not counted."""
+BUDGET_MS = 50.0
+"""Device time of one function in one measurement, warm-up not counted."""
 _SAMPLE_MS = 1.0
 """Two events bracket at least this much: they cost microseconds themselves."""
 _CLOCK_HZ = 2e9
@@ -37,42 +38,92 @@ def rotated(make: Callable[[], tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
     return sets + [make() for _ in range(min(-(-3 * cache // size), 16) - 1)]
 
 
-def median_ms(run: Callable[..., object], sets: Sequence[tuple], budget_ms: float = BUDGET_MS) -> float:
-    """Median milliseconds of `run(*inputs)` on the device, over the sets in turn.
+class Work:
+    """A function, and sets of inputs that it takes in turn; how often a sample calls it and how long the device sleeps before.
 
     Launches are hidden: the device sleeps while the host queues a sample, so what is measured is the work. A function that
     waits for the device inside shows all the same, as it cannot be queued ahead.
     """
-    inputs = itertools.cycle(sets)
-    for _ in range(len(sets) + 1):
-        run(*next(inputs))
+
+    def __init__(self, run: Callable[..., object], sets: Sequence[tuple]) -> None:
+        """Warms up."""
+        self.run, self.inputs = run, itertools.cycle(sets)
+        for _ in range(len(sets) + 1):
+            self()
+        on_gpu, self.calls = torch.cuda.is_available(), 3
+        if on_gpu:
+            torch.cuda.synchronize()
+        self.lag_ms = queue_ms = _host_ms(self)
+        self.ms = _sampled([self])[0]
+        self.lag_ms = max(queue_ms - self.ms, 0.0)
+        self.calls = min(max(round(_SAMPLE_MS / self.ms), 1), 32) if on_gpu else 1
+
+    def __call__(self) -> None:
+        self.run(*next(self.inputs))
+
+
+def median_ms(run: Callable[..., object], sets: Sequence[tuple], budget_ms: float = BUDGET_MS) -> float:
+    """Median milliseconds of `run(*inputs)` on the device."""
+    work = Work(run, sets)
+    return statistics.median(_sampled([work] * _rounds([work], budget_ms)))
+
+
+def against(work: Work, baselines: Mapping[str, Work]) -> dict[str, Any]:
+    """Medians of `work` and of each baseline, and of their ratios; the strictest baseline's as `ratio` and `bf16_ms`.
+
+    All take turns (A B A B … A): under load the GPU's clock falls within a fraction of a second, so that only neighbours
+    compare. A ratio is a sample over the mean of the baseline's before and after it. `*_quartiles`: the first and third.
+    """
+    works = [*baselines.values(), work]
+    n, width = _rounds(works, BUDGET_MS * len(works)), len(works)
+    ms = _sampled(works * n + works[:-1])
+    own = ms[width - 1 :: width]
+    row: dict[str, Any] = {"ms": statistics.median(own), "ms_quartiles": _quartiles(own)}
+    strictest = 0.0
+    for i, name in enumerate(baselines):
+        theirs = ms[i::width]
+        ratios = [b / ((a + c) / 2) for a, b, c in zip(theirs, own, theirs[1:], strict=False)]
+        ratio = statistics.median(ratios)
+        if len(baselines) > 1:
+            row |= {f"{name}_ms": statistics.median(theirs), f"ratio_{name}": ratio}
+        if ratio > strictest:
+            strictest = ratio
+            row |= {"bf16_ms": statistics.median(theirs), "ratio": ratio, "ratio_quartiles": _quartiles(ratios)}
+    return row
+
+
+def _rounds(works: Sequence[Work], budget_ms: float) -> int:
+    """How often each is sampled."""
     if not torch.cuda.is_available():
-        return statistics.median(_host_ms(run, next(inputs)) for _ in range(3))
-    torch.cuda.synchronize()
-    queue_ms = _host_ms(run, next(inputs))
-    first = next(_samples(run, inputs, 1, 3, queue_ms))
-    calls = min(max(round(_SAMPLE_MS / first), 1), 32)
-    n = min(max(round(budget_ms / (calls * first)), 5), 50)
-    return statistics.median(_samples(run, inputs, n, calls, max(queue_ms - first, 0.0)))
+        return 2
+    return min(max(round(budget_ms / sum(work.calls * work.ms for work in works)), 5), 50)
 
 
-def _samples(run: Callable[..., object], inputs: Iterator[tuple], n: int, calls: int, lag_ms: float) -> Iterator[float]:
-    """`n` times milliseconds of one of `calls` runs, after a sleep as long as the host lags behind the device."""
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(n)]
-    for start, end in events:
-        torch.cuda._sleep(int(min(1.5 * lag_ms * calls, 20.0) * _CLOCK_HZ / 1e3))
+def _quartiles(values: Sequence[float]) -> list[float]:
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return [first, third]
+
+
+def _sampled(works: Sequence[Work]) -> list[float]:
+    """Milliseconds of one call in a sample of each, one after another."""
+    if not torch.cuda.is_available():
+        return [_host_ms(work) for work in works]
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in works]
+    for work, (start, end) in zip(works, events, strict=True):
+        if work.lag_ms:
+            torch.cuda._sleep(int(min(1.5 * work.lag_ms * work.calls, 20.0) * _CLOCK_HZ / 1e3))
         start.record()
-        for _ in range(calls):
-            run(*next(inputs))
+        for _ in range(work.calls):
+            work()
         end.record()
     torch.cuda.synchronize()
-    return (start.elapsed_time(end) / calls for start, end in events)
+    return [start.elapsed_time(end) / work.calls for work, (start, end) in zip(works, events, strict=True)]
 
 
-def _host_ms(run: Callable[..., object], inputs: tuple) -> float:
+def _host_ms(work: Work) -> float:
     """Until the call returns: on CPU the work itself, on a GPU the launches."""
     started = time.perf_counter()
-    run(*inputs)
+    work()
     return (time.perf_counter() - started) * 1e3
 
 

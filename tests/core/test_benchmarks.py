@@ -2,11 +2,13 @@
 
 import gc
 import json
+import weakref
 from functools import partial
 
 import pytest
+import torch
 
-from benchmarks import kernels, learner
+from benchmarks import kernels, layers, learner, timing
 from benchmarks.rows import Bar, Report
 from qarl.errors import ConfigError
 
@@ -46,10 +48,61 @@ def test_every_learner_row_is_measured_against_bf16(run, model, monkeypatch):
     monkeypatch.setattr(learner, "FORMATS", ("bf16", "w4a16"))  # a start of DeepSpeed each
     status, rows = run(learner, "--only", model)
     assert status == 0
-    assert [row["format"] for row in rows] == ["bf16", "bf16", "w4a16", "w4a16"]
-    for row in rows:
+    assert [row["format"] for row in rows] == ["bf16", "bf16", "w4a16", "w4a16", "bf16"]
+    for i, row in enumerate(rows):
         assert row["ms"] >= row["forward_ms"] > 0
-        assert row["format"] == "bf16" or row["ratio"] == pytest.approx(row["ms"] / row["bf16_ms"])
+        assert row.get("bf16_ms") == [None, None, rows[0]["ms"], rows[1]["ms"], rows[0]["ms"]][i]
+        assert i < 2 or row["ratio"] == pytest.approx(row["ms"] / row["bf16_ms"])
+
+
+def test_a_closed_learner_leaves_nothing_and_trouble_in_closing_costs_no_other_row(run, monkeypatch):
+    monkeypatch.setattr(learner, "FORMATS", ("bf16",))
+    closed, left = learner.Lazy.close, []
+
+    def close(started):
+        left.append(weakref.ref(started.learner.model.lm_head.weight))
+        closed(started)
+        raise RuntimeError("out of order")
+
+    monkeypatch.setattr(learner.Lazy, "close", close)
+    status, rows = run(learner, "--only", "dense")
+    assert status == 1 and len(left) == 2
+    assert [weight() for weight in left] == [None, None]
+    broken = "RuntimeError: out of order"
+    assert [row.get("failed") for row in rows] == [None, None, broken, None, broken]
+
+
+def test_ratios_are_of_neighbours_and_the_strictest_baseline_counts(monkeypatch):
+    samples = {"slow": [40.0, 40.0, 80.0], "fast": [10.0, 20.0, 40.0], "own": [15.0, 60.0]}
+
+    class Sampled(timing.Work):
+        def __init__(self, name):
+            self.ms, self.calls, self.values = 1.0, 1, iter(samples[name])
+
+    monkeypatch.setattr(timing, "_rounds", lambda works, budget_ms: 2)
+    monkeypatch.setattr(timing, "_sampled", lambda works: [next(work.values) for work in works])
+    row = timing.against(Sampled("own"), {"slow": Sampled("slow"), "fast": Sampled("fast")})
+    assert (row["ms"], row["bf16_ms"], row["slow_ms"]) == (37.5, 20.0, 40.0)
+    assert row["ratio"] == row["ratio_fast"] == pytest.approx((15 / 15 + 60 / 30) / 2)
+    assert row["ratio_slow"] == pytest.approx((15 / 40 + 60 / 60) / 2)
+    assert row["ratio_quartiles"] == pytest.approx([1.25, 1.75])
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_our_expert_layer_in_bf16_computes_what_its_definition_says(weighted):
+    torch.manual_seed(0)
+    x, weight = layers.leaf(6, 16), layers.leaf(3, 8, 16)
+    weights = torch.rand(6).requires_grad_() if weighted else None
+    offsets = torch.tensor([2, 2, 6], dtype=torch.int32)
+    learned = [t for t in (x, weight, weights) if t is not None]
+    dy = torch.randn(6, 8).bfloat16()
+    y = layers.Bf16Experts().experts(x, "", weight, offsets, weights)
+    expected = torch.cat([x[:2] @ weight[0].T, x[2:] @ weight[2].T]) * (1 if weights is None else weights[:, None])
+    torch.testing.assert_close(y.float(), expected.float(), rtol=0.02, atol=0.02)
+    for ours, theirs in zip(
+        torch.autograd.grad(y, learned, dy), torch.autograd.grad(expected, learned, dy.to(expected.dtype)), strict=True
+    ):
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=0.05, atol=0.05)
 
 
 def test_a_broken_kernel_fails_its_rows_and_the_command_and_the_others_go_on(run, monkeypatch):
