@@ -8,13 +8,17 @@ from typing import Any
 
 import torch
 
+from qarl.errors import ConfigError
+
 logger = logging.getLogger(__name__)
 
 
+@functools.cache  # twice is once
 def apply() -> None:
-    """All patches that this vLLM needs on this machine. Twice is once."""
+    """All patches that vLLM needs on this machine. Raises `ConfigError` for a vLLM they are not for."""
     if torch.cuda.is_available():
         _int8_experts()
+        _int4_experts()
 
 
 def _int8_experts() -> None:
@@ -22,9 +26,10 @@ def _int8_experts() -> None:
 
     Their quantization config is made by whether a static input scale is there, which per-token scales never are, and the
     Triton experts refuse int8 rows besides. Here the config says what it should, and the experts quantize rows with the op
-    of the dense layers (the Triton quantizer of later versions rounds halves away from zero). Fixed upstream by 0.32;
-    asked of vLLM itself rather than of its version.
+    of the dense layers. Later versions quantize in Triton, which rounds halves away from zero: another arithmetic than a
+    learner follows, refused rather than left alone. Asked of vLLM itself rather than of its version.
     """
+    import vllm
     from vllm.model_executor.layers.fused_moe.config import int8_w8a8_moe_quant_config
     from vllm.model_executor.layers.fused_moe.oracle import int8 as oracle
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
@@ -34,7 +39,10 @@ def _int8_experts() -> None:
     one = torch.ones(1, 1, 1)
     made = method.make_int8_moe_quant_config(oracle.Int8MoeBackend.TRITON, one, one, per_act_token_quant=True)
     if made.use_int8_w8a8:
-        return
+        raise ConfigError(
+            f"rollout.engine: vllm {vllm.__version__} quantizes the rows of int8 experts by itself, and rounds them otherwise "
+            "than its dense layers do; on a GPU install vllm==0.26.*"
+        )
 
     select = method.select_int8_moe_backend
 
@@ -53,6 +61,28 @@ def _int8_experts() -> None:
         select_int8_moe_backend=select_int8_moe_backend, make_int8_moe_quant_config=make_int8_moe_quant_config
     )
     logger.warning("vLLM would leave the activations of int8 experts in bfloat16: patched to quantize them per token")
+
+
+def _int4_experts() -> None:
+    """0.26 to 0.32: Marlin's experts get the scales of w13 in another order than its kernel reads them.
+
+    There is one order for several groups along the inputs and one for a single group. vLLM chooses by the number of inputs,
+    and takes w2's (a rank's intermediate size) for w13's (the hidden size). Both lie beyond a group in most models; where
+    one does not, columns are served with each other's scales. Here the number follows from the scales themselves.
+    """
+    from vllm.model_executor.layers.fused_moe.oracle import int_wna16 as oracle
+
+    permute = oracle.marlin_moe_permute_scales
+
+    def marlin_moe_permute_scales(
+        s: torch.Tensor, size_k: int, size_n: int, group_size: int, is_a_8bit: bool = False
+    ) -> torch.Tensor:
+        """s: [E, K / group, N]."""
+        if group_size > 0:
+            size_k = s.shape[1] * group_size
+        return permute(s, size_k, size_n, group_size, is_a_8bit)
+
+    vars(oracle).update(marlin_moe_permute_scales=marlin_moe_permute_scales)
 
 
 @functools.cache  # one class, not one a layer

@@ -140,9 +140,11 @@ def served_columns(model: nn.Module, name: str, columns: np.ndarray) -> np.ndarr
     A one-hot row quantizes without error (one code at the largest value), and whatever layout the kernel made of the
     weights is what answers.
     """
-    slot = slots(model)[name]
+    every = slots(model)
+    slot = every[name]
     module: Any = slot.module
-    like = next(m.weight for m in model.modules() if isinstance(m, VocabParallelEmbedding))
+    kept = next(other for other in every.values() if not other.quantized)  # of the dtype of activations
+    like: Any = getattr(kept.module, *kept.params.values())
     code = next(part for part in slot.params if slot.raw(part).dtype in _GRIDS)
     n_inputs = slot.shape(code)[-1] * (8 if slot.raw(code).dtype == torch.int32 else 1)
     one_hot = torch.zeros(len(columns), n_inputs, dtype=like.dtype, device=like.device)

@@ -213,13 +213,14 @@ class VllmEngine(Engine):
         self._core.abort_requests(stopped)
 
     def close(self) -> None:
-        """Ends vLLM's process groups too, and on a GPU its workspace, which all engines of a process share: close them
-        together, or one before the next starts."""
+        """Ends vLLM's process groups too, and on a GPU its and cuBLAS's workspaces, which all engines of a process share
+        and their graphs hold: close them together, or one before the next starts."""
         self._refusal = "it was closed"
         self._core.shutdown()
         del self._core, self._model
         if torch.cuda.is_available():
             gc.collect()  # graphs, weights and KV cache hang in cycles; vLLM collected while we still held them
+            torch._C._cuda_clearCublasWorkspaces()  # one for each stream it had, 32 MiB on Hopper
             torch.cuda.empty_cache()
 
 
