@@ -1,12 +1,7 @@
-"""Root-mean-square norm over the last dimension: `rms_norm` is the definition, `engine_rms_norm` vLLM's own CUDA ops.
+"""Root-mean-square norm over the last dimension: `rms_norm` is the definition, `fused_rms_norm` the kernel of learner and engine.
 
-They differ: the definition rounds the normalized value before the weight, the ops only after it. And vLLM has two ops, which sum
-the squares in two orders: one that norms, one that adds the residual and norms the sum as rounded. Learner and engine add alike, so
-the second op gives its bits for the sum and a residual of zero.
-
-In both ops a thread adds eight neighbouring squares, and takes several eights only where a row is longer than 2048: there are 256
-threads from 256 rows on, 1024 below. So up to 2048 the bits of a row do not depend on the number of rows; beyond, the engine has
-to run steps of 256 tokens or more, and the learner micro-batches (csrc/layernorm_kernels.cu of vllm-project/vllm).
+On CUDA both run the one in `norm_fused.py`, the engine by a patch: vLLM's own sums rows longer than 2048 in an order that depends
+on how many there are.
 """
 
 from __future__ import annotations
@@ -15,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -22,22 +18,25 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * _normalize(x, eps)[0].to(x.dtype)
 
 
-def engine_rms_norm(x: Tensor, weight: Tensor, eps: float, after_addition: bool = False) -> Tensor:
-    """The same as vLLM computes it (CUDA, bfloat16 or float16). `after_addition`: x is a sum that vLLM's op makes itself."""
-    return _EngineNorm.apply(x, weight, eps, after_addition)
+def fused_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The same by one Triton kernel (CUDA), to the last bit of the sum; differentiable."""
+    return _FusedNorm.apply(x, weight, eps)
 
 
-class _EngineNorm(torch.autograd.Function):
+class _FusedNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, after_addition: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        from qarl.kernels import norm_fused
+
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        return _engine_norm(x, weight, eps, after_addition)
+        return norm_fused.rms_norm(x, weight.to(x.dtype), eps)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        return *rms_norm_grads(grad, x, weight, ctx.eps), None, None
+        return *rms_norm_grads(grad, x, weight, ctx.eps), None
 
 
 def rms_norm_grads(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -57,17 +56,3 @@ def _normalize(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     x = x.float()
     r = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     return x * r, r
-
-
-def _engine_norm(x: Tensor, weight: Tensor, eps: float, after_addition: bool) -> Tensor:
-    """The calls of vLLM's `RMSNorm` without and with a residual."""
-    from vllm import _custom_ops as ops
-
-    rows = x.reshape(-1, x.shape[-1])
-    if after_addition:
-        y = rows.clone()  # written in place, and so is the residual
-        ops.fused_add_rms_norm(y, torch.zeros_like(y), weight.to(x.dtype), eps)
-    else:
-        y = torch.empty_like(rows, memory_format=torch.contiguous_format)
-        ops.rms_norm(y, rows, weight.to(x.dtype), eps)
-    return y.view(x.shape)

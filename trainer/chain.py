@@ -15,14 +15,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qarl.errors import ConfigError
-from qarl.kernels.norm import engine_rms_norm
+from qarl.kernels.norm import fused_rms_norm
 from qarl.kernels.rotary import ROPE_TYPES, engine_rotary, rotary_table
 from qarl.trainer.attention import PACKED_ENGINE
 
 ARCHITECTURES = ("llama", "qwen3", "qwen3_moe")
 """`model_type` of the models whose every op between products is known here. SmolLM2 is a llama."""
-_ALONE = ("q_norm", "k_norm")
-_AFTER_ADDITION = ("input_layernorm", "post_attention_layernorm", "norm")
+_NORMS = ("input_layernorm", "post_attention_layernorm", "norm", "q_norm", "k_norm")
 
 
 def follow_engine(model: PreTrainedModel, device_type: str) -> None:
@@ -76,11 +75,9 @@ def _norm_as_the_engine(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if not type(module).__name__.endswith("RMSNorm"):
             continue
-        name = path.rpartition(".")[2]
-        if name not in _ALONE + _AFTER_ADDITION:
-            _refuse(f"what the engine does before the norm {path!r} is not known")
-        # Nothing has been added yet where the first layer starts.
-        module.forward = _Norm(module, name in _AFTER_ADDITION and not path.endswith("layers.0.input_layernorm"))
+        if path.rpartition(".")[2] not in _NORMS:
+            _refuse(f"what the engine makes of the norm {path!r} is not known")
+        module.forward = _Norm(module)
 
 
 def _tabulate_as_the_engine(model: nn.Module) -> None:
@@ -91,14 +88,13 @@ def _tabulate_as_the_engine(model: nn.Module) -> None:
 
 
 class _Norm:
-    """Forward of one norm."""
+    """Forward of one norm. Learner and engine add the residual alike, so the norm of the sum is all that is left."""
 
-    def __init__(self, module: Any, after_addition: bool) -> None:
-        self.module, self.after_addition = module, after_addition
+    def __init__(self, module: Any) -> None:
+        self.module = module
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
-        module = self.module
-        return engine_rms_norm(hidden_states, module.weight, module.variance_epsilon, self.after_addition)
+        return fused_rms_norm(hidden_states, self.module.weight, self.module.variance_epsilon)
 
 
 class _Angles:

@@ -1,11 +1,12 @@
-"""RMS norm: the definition against transformers, its gradients against autograd, vLLM's ops as vLLM calls them."""
+"""RMS norm: the definition against transformers, its gradients against autograd, the kernel against both."""
 
 import pytest
 import torch
 from torch.nn.functional import silu
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from qarl.kernels.norm import engine_rms_norm, rms_norm, rms_norm_grads
+from qarl.kernels import norm_fused
+from qarl.kernels.norm import fused_rms_norm, rms_norm, rms_norm_grads
 
 EPS = 1e-6
 
@@ -37,53 +38,67 @@ def test_gradients_are_those_of_the_definition(shape):
         torch.testing.assert_close(mine, definition, rtol=1e-4, atol=1e-5 * definition.abs().max().item())
 
 
-#: Hidden sizes of SmolLM2-135M and -360M, Qwen3-0.6B and -1.7B; a head of Qwen3.
-WIDTHS = [576, 960, 1024, 2048, 128]
+#: No power of two, one row and many of a program, heads.
+SHAPES = [(7, 48), (33, 576), (3, 4096), (1, 5, 4, 32), (0, 64)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_fused_norm_computes_the_definition_and_its_gradients(shape, dtype, device):
+    """To one place of the last digit: the squares are summed in another order (and Triton's interpreter cuts bfloat16 off)."""
+    x, grad = (rows(*shape, dtype=dtype, seed=seed).to(device) for seed in (0, 1))
+    weight = rows(shape[-1], dtype=dtype).to(device)
+    inputs = [value.clone().requires_grad_() for value in (x, weight)]
+    y = fused_rms_norm(*inputs, EPS)
+    assert y.dtype == dtype and y.shape == x.shape
+    ulp = torch.finfo(dtype).eps
+    torch.testing.assert_close(y, rms_norm(x, weight, EPS), rtol=2 * ulp + 1e-6, atol=1e-30)
+    for mine, theirs in zip(torch.autograd.grad(y, inputs, grad), rms_norm_grads(grad, x, weight, EPS), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_fused_norm_reads_heads_where_they_lie(device):
+    wide = rows(9, 5 * 32).to(device)
+    heads, weight = wide[:, 32:96].unflatten(-1, (2, 32)), rows(32).to(device)
+    assert not heads.is_contiguous()
+    assert torch.equal(norm_fused.rms_norm(heads, weight, EPS), norm_fused.rms_norm(heads.contiguous(), weight, EPS))
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-40, 65504.0, float("inf"), float("nan")])
+def test_a_hostile_row_leaves_its_neighbours_alone(value, device):
+    x, weight = rows(6, 256).to(device), rows(256).to(device)
+    expected = norm_fused.rms_norm(x, weight, EPS)
+    x[3] = value
+    y = norm_fused.rms_norm(x, weight, EPS)
+    others = [0, 1, 2, 4, 5]
+    assert torch.equal(y[others], expected[others])
+    definition = rms_norm(x, weight, EPS)[3]
+    assert torch.allclose(y[3], definition, rtol=1e-5, atol=1e-30, equal_nan=True)
+
+
+def test_adding_in_the_kernel_is_adding_before(device):
+    """The engine adds the residual in the norm, the learner before it."""
+    x, residual, weight = rows(70, 576).to(device), rows(70, 576, seed=1).to(device), rows(576).to(device)
+    expected = norm_fused.rms_norm(x + residual, weight, EPS)
+    total = x + residual
+    y, kept = norm_fused.add_rms_norm(x, residual, weight, EPS)
+    assert torch.equal(kept, total) and torch.equal(y, expected)
+    assert y.data_ptr() == x.data_ptr() and kept.data_ptr() == residual.data_ptr()
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("width", WIDTHS)
-def test_engine_norm_of_a_sum_equals_the_op_that_adds(width):
-    from vllm import _custom_ops as ops
-
-    x, residual = (rows(1, 700, width, dtype=torch.bfloat16, seed=seed).cuda() for seed in (0, 1))
+@pytest.mark.parametrize("width", [128, 576, 960, 1024, 2048, 2560, 4096, 5120])
+def test_bits_of_a_row_do_not_depend_on_the_rows_beside_it(width):
+    """A learner norms thousands of rows where an engine that decodes has a few, and adds what the engine adds itself."""
+    x, residual = (rows(700, width, dtype=torch.bfloat16, seed=seed).cuda() for seed in (0, 1))
     weight = rows(width, dtype=torch.bfloat16).cuda()
-    total = residual + x
-    ours = engine_rms_norm(total, weight, EPS, after_addition=True)
-    theirs, kept = x[0].clone(), residual[0].clone()
-    ops.fused_add_rms_norm(theirs, kept, weight, EPS)
-    assert torch.equal(total[0], kept) and torch.equal(ours[0], theirs)
-    alone = torch.empty_like(theirs)
-    ops.rms_norm(alone, total[0], weight, EPS)
-    assert torch.equal(engine_rms_norm(total, weight, EPS)[0], alone)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("after_addition", [False, True])
-@pytest.mark.parametrize("width", WIDTHS)
-def test_engine_norm_of_a_row_does_not_depend_on_the_number_of_rows(width, after_addition):
-    """A learner norms thousands of rows where an engine that decodes has norm of a few."""
-    x, weight = rows(700, width, dtype=torch.bfloat16).cuda(), rows(width, dtype=torch.bfloat16).cuda()
-    together = engine_rms_norm(x, weight, EPS, after_addition)
+    together = norm_fused.rms_norm(x + residual, weight, EPS)
     for part in (1, 33, 255):
-        pieces = [engine_rms_norm(piece, weight, EPS, after_addition) for piece in x.split(part)]
+        pieces = [norm_fused.rms_norm(piece, weight, EPS) for piece in (x + residual).split(part)]
         assert torch.equal(torch.cat(pieces), together)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("after_addition", [False, True])
-@pytest.mark.parametrize("shape", [(1, 300, 1024), (1, 300, 16, 128)], ids=str)
-def test_engine_norm_computes_the_definition_forward_and_backward(shape, after_addition):
-    x, weight = rows(*shape, dtype=torch.bfloat16).cuda(), rows(shape[-1], dtype=torch.bfloat16).cuda()
-    before, grad = x.clone(), rows(*shape, dtype=torch.bfloat16, seed=1).cuda()
-    exact = [value.double().requires_grad_() for value in (x, weight)]
-    y = engine_rms_norm(x.requires_grad_(), weight.requires_grad_(), EPS, after_addition)
-    expected = exact[1] * exact[0] * torch.rsqrt(exact[0].square().mean(-1, keepdim=True) + EPS)
-    assert torch.equal(x, before)
-    torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=1e-30)
-    ours = torch.autograd.grad(y, (x, weight), grad)
-    for mine, theirs in zip(ours, torch.autograd.grad(expected, exact, grad.double()), strict=True):
-        assert mine.dtype == torch.bfloat16 and (mine - theirs).norm() <= 2**-8 * theirs.norm()
+    added, total = norm_fused.add_rms_norm(x.clone(), residual.clone(), weight, EPS)
+    assert torch.equal(added, together) and torch.equal(total, x + residual)
+    torch.testing.assert_close(together, rms_norm(x + residual, weight, EPS), rtol=2**-7, atol=1e-30)
 
 
 @pytest.mark.gpu

@@ -80,13 +80,11 @@ def test_a_model_that_follows_computes_what_it_did(kind, checkpointing):
 
 
 @pytest.mark.parametrize("kind, per_layer", [("llama", 0), ("qwen3", 2), ("qwen3_moe", 2)])
-def test_on_cuda_every_norm_follows_by_what_comes_before_it(kind, per_layer):
+def test_on_cuda_every_norm_follows(kind, per_layer):
     model = make(kind)
     follow_engine(model, "cuda")
     norms = {path: module.forward for path, module in model.named_modules() if path.endswith("norm")}
     assert len(norms) == 2 * (2 + per_layer) + 1 and all(isinstance(forward, _Norm) for forward in norms.values())
-    alone = {path for path, forward in norms.items() if not forward.after_addition}
-    assert alone == {path for path in norms if "self_attn" in path} | {"model.layers.0.input_layernorm"}
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
