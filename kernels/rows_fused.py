@@ -94,8 +94,8 @@ def _quantize(
         values = ()
         for part in tl.static_range(PARTS):
             inside = mine & (column + part * BLOCK < k)[None, :]
-            values = values + (_widen(tl.load(x_ptr + at + part * BLOCK, mask=inside, other=0.0)),)
-        largest = _magnitude(values[0])
+            values = values + (_widen(tl.load(x_ptr + at + part * BLOCK, mask=inside, other=0.0)),)  # type: ignore[assignment]
+        largest = _magnitude(values[0])  # type: ignore[misc]
         for part in tl.static_range(1, PARTS):
             largest = tl.maximum(largest, _magnitude(values[part]))
         absmax, scale = _scale(tl.max(largest, axis=1), RULE)
