@@ -63,7 +63,7 @@ def _launch(x: Tensor, residual: Tensor, y: Tensor, weight: Tensor, eps: float, 
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])  # one program for every number of rows, compiled once
 def _norm(
     x_ptr,
     residual_ptr,

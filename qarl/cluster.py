@@ -261,7 +261,11 @@ class Cluster:
     def open(cls, config: RunConfig, model: str) -> Iterator[Cluster]:
         """Start Ray, the learner and the engines side by side; stop them all at the end, whatever happened."""
         with ray_session(config):
-            learner, sampler = LearnerGroup(config, model), Sampler(config, model)
+            learner = LearnerGroup(config, model)
+            if config.placement.gpus and config.placement.mode == "colocate":
+                # vLLM measures the device's memory while it starts, and takes what others allocate meanwhile for its own.
+                learner.wait()
+            sampler = Sampler(config, model)
             learner.wait()
             sampler.wait()
             yield cls(learner, sampler)

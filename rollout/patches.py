@@ -17,8 +17,27 @@ logger = logging.getLogger(__name__)
 def apply() -> None:
     """All patches that vLLM needs on this machine. Raises `ConfigError` for a vLLM they are not for."""
     if torch.cuda.is_available():
+        _norms()
         _int8_experts()
         _int4_experts()
+
+
+def _norms() -> None:
+    """0.26: a row longer than 2048 is normed in an order that depends on how many rows there are, so that no learner, whose
+    batches are long, can repeat what a token was normed to when it was decoded. Here every norm is the learner's."""
+    from vllm.model_executor.layers.layernorm import RMSNorm
+
+    from qarl.kernels import norm_fused
+
+    def forward_cuda(self: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+        if not self.has_weight or self.variance_size_override is not None:
+            raise NotImplementedError("a norm without weights, or of a part of its row, is not known to the learner")
+        if residual is None:
+            return norm_fused.rms_norm(x, self.weight.data, self.variance_epsilon)
+        return norm_fused.add_rms_norm(x, residual, self.weight.data, self.variance_epsilon)
+
+    RMSNorm.forward_cuda = forward_cuda  # type: ignore[method-assign]
+    logger.warning("vLLM's norms depend on the batch: replaced by the learner's")
 
 
 def _int8_experts() -> None:

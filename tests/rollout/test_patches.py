@@ -41,3 +41,25 @@ def test_scales_of_int4_experts_lie_in_the_order_of_their_own_number_of_groups(m
     else:
         expected = scales.unflatten(-1, (-1, 4, 4, 2)).transpose(-3, -2).flatten(-4)
     assert torch.equal(served, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [128, 4096])
+def test_the_engines_norm_is_the_learners(width):
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.layernorm import RMSNorm
+
+    from qarl.kernels.norm import fused_rms_norm
+
+    patches._norms()
+    config = VllmConfig()
+    config.compilation_config.custom_ops = ["all"]
+    with set_current_vllm_config(config):
+        layer = RMSNorm(width, 1e-6, dtype=torch.bfloat16).cuda()
+    layer.weight.data.uniform_(0.5, 1.5)
+    x, residual = torch.randn(2, 37, width, device="cuda").bfloat16()
+    total = residual + x
+    expected = fused_rms_norm(total, layer.weight, 1e-6)
+    assert torch.equal(layer(total), expected)
+    y, kept = layer(x.clone(), residual.clone())
+    assert torch.equal(y, expected) and torch.equal(kept, total)
