@@ -49,7 +49,7 @@ def test_fused_norm_computes_the_definition_and_its_gradients(shape, dtype, devi
     x, grad = (rows(*shape, dtype=dtype, seed=seed).to(device) for seed in (0, 1))
     weight = rows(shape[-1], dtype=dtype).to(device)
     inputs = [value.clone().requires_grad_() for value in (x, weight)]
-    y = fused_rms_norm(*inputs, EPS)
+    y = fused_rms_norm(inputs[0], inputs[1], EPS)
     assert y.dtype == dtype and y.shape == x.shape
     ulp = torch.finfo(dtype).eps
     torch.testing.assert_close(y, rms_norm(x, weight, EPS), rtol=2 * ulp + 1e-6, atol=1e-30)
