@@ -140,7 +140,7 @@ def _linear_rows(
     floors = partial(_dense_floors, ceilings, m, n, k, training=training)
     make = partial(Work, _passes(F.linear, training), sets)
     report.add({**at, "format": "bf16"}, partial(layers.kept, bf16, "bf16", make, floors("bf16")))
-    for name, backend in layers.contenders(FORMATS, emulated):
+    for name, backend in layers.contenders(layers.FORMATS, emulated):
         if m == FEW and backend != layers.preferred(name):
             continue
         row = {**at, "format": name, "backend": backend}
@@ -208,7 +208,7 @@ def _dense_floors(ceilings: Ceilings, m: int, n: int, k: int, name: str, trainin
 
 def _dense_bars(name: str, backend: str, m: int, training: bool) -> tuple[Bar, ...]:
     """On the backend that a learner gets, at sizes that a learner has; groups of 128, which recipes use."""
-    if m < 8192 or name == "w4a16_g32" or backend != layers.preferred(name):
+    if m < 8192 or backend != layers.preferred(name):
         return ()
     if training:
         return (TRAIN[name.partition("_")[0]],)
