@@ -1,6 +1,6 @@
 # make quickstart   the environment, then one whole run of recipe `quickstart`
 # make test         the environment, then the fast tests        make test-slow   make test-gpu
-# make check        format, lint, types
+# make check        format, lint, types           make memcheck    a memory checker over the GPU kernels
 # make env EXTRA=gpu  chooses the engine by hand; by default `gpu` where nvidia-smi answers, else `cpu`
 
 PYTHON ?= python3.11
@@ -18,7 +18,7 @@ endif
 # in gigabytes and break `import transformers`. QaRL uses none of them.
 OVERRIDES_cpu := torchvision torchaudio torchcodec
 
-.PHONY: env quickstart test test-slow test-gpu check format clean
+.PHONY: env quickstart test test-slow test-gpu memcheck check format clean
 
 env: $(STAMP)
 
@@ -43,6 +43,10 @@ test-slow: env
 
 test-gpu: env
 	$(BIN)/python -m pytest -m gpu
+
+# NVIDIA's compute-sanitizer comes with the CUDA toolkit.
+memcheck: env
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m tests.kernels.memcheck
 
 check: env
 	$(BIN)/ruff format --check .
