@@ -44,7 +44,7 @@ ROOT = Path(__file__).resolve().parents[2]
         ({"data": {"max_prompt_tokens": 0}}, "data.max_prompt_tokens: must be positive, got 0"),
         ({"reward": {"kind": "reasoning_gym"}}, "reward.kind: 'reasoning_gym' .* data.train.source is ''"),
         ({"algorithm": {"group": 1, "mini_batches": 1}}, "algorithm.group: must be at least 2, got 1"),
-        ({"learner": {"backend": "fused"}}, "learner.backend: 'fast' is not one of"),
+        ({"learner": {"backend": "fast"}}, "learner.backend: 'fast' is not one of"),
         ({"learner": {"optimizer": {"warmup": -1}}}, "learner.optimizer.warmup: must not be negative"),
         ({"learner": {"optimizer": {"weight_decay": -0.1}}}, "learner.optimizer.weight_decay: must not be negative"),
         ({"learner": {"optimizer": {"betas": [0.9, 1.0]}}}, r"learner.optimizer.betas: .* got \[0.9, 1.0\]"),
