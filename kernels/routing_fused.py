@@ -27,7 +27,7 @@ def spread(hidden: Tensor, order: Tensor, top_k: int) -> Tensor:
 def collect(rows: Tensor, inverse: Tensor, top_k: int) -> Tensor:
     """[T, H] from rows [T · k, H]: the sum of rows inverse[t k] … inverse[t k + k - 1] in float32, rounded once.
 
-    Added in the order in which torch's `sum(1)` on CUDA adds them, and so vLLM's `moe_sum` where k > 4.
+    Added one after the other, in the order of a token's slots, as vLLM's `moe_sum` does.
     """
     rows = rows.contiguous()
     hidden = rows.new_empty(len(inverse) // top_k, rows.shape[1])
@@ -76,23 +76,10 @@ def _collect_kernel(rows, inverse, hidden, n_features, TOP_K: tl.constexpr, BLOC
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < n_features
-    sum0 = tl.zeros([BLOCK], tl.float32)
-    sum1 = tl.zeros([BLOCK], tl.float32)
-    sum2 = tl.zeros([BLOCK], tl.float32)
-    sum3 = tl.zeros([BLOCK], tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
     for place in tl.static_range(TOP_K):
         row = tl.load(inverse + token * TOP_K + place)
-        values = tl.load(rows + row * n_features + columns, mask=mask, other=0.0).to(tl.float32)
-        # torch's reduction keeps four sums, the values dealt out to them in turn.
-        if place % 4 == 0:
-            sum0 += values
-        elif place % 4 == 1:
-            sum1 += values
-        elif place % 4 == 2:
-            sum2 += values
-        else:
-            sum3 += values
-    total = ((sum0 + sum1) + sum2) + sum3
+        total += tl.load(rows + row * n_features + columns, mask=mask, other=0.0).to(tl.float32)
     tl.store(hidden + token * n_features + columns, total.to(hidden.dtype.element_ty), mask=mask)
 
 

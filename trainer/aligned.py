@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
@@ -21,7 +20,7 @@ from qarl.kernels.activation import silu_and_multiply
 from qarl.kernels.dispatch import choose, has_engine
 from qarl.kernels.linear import Arithmetic, Prepared, aligned_experts, aligned_linear
 from qarl.kernels.routing import collect, route, row_weights, spread
-from qarl.trainer.chain import follow_engine
+from qarl.trainer.chain import Router, follow_engine
 
 
 class AlignedModel:
@@ -73,7 +72,7 @@ class AlignedModel:
                 module.forward = _Experts(self, module, path)
             else:
                 if is_router:
-                    module.forward = _Router(module)
+                    module.forward = Router(module)
                 continue
             left -= own
         if left:  # an architecture whose layers compute in a way not known here
@@ -130,19 +129,3 @@ class _Experts:
             inner = module.act_fn(gate) * up
         down = aligned.experts(inner, f"{self.path}.down_proj", module.down_proj, to.offsets, weights)
         return collect(down, to)
-
-
-class _Router:
-    """Forward of one router: as transformers computes it, but its weights stay float32, as in vLLM."""
-
-    def __init__(self, module: Qwen3MoeTopKRouter) -> None:
-        self.module = module
-
-    def __call__(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden [*, H] -> logits [T, E], weights float32 and experts [T, top_k]."""
-        module = self.module
-        logits = F.linear(hidden.reshape(-1, module.hidden_dim), module.weight)
-        weights, experts = logits.softmax(-1, dtype=torch.float32).topk(module.top_k, dim=-1)
-        if module.norm_topk_prob:
-            weights = weights / weights.sum(-1, keepdim=True)
-        return logits, weights, experts

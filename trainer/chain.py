@@ -1,22 +1,26 @@
-"""Everything between the quantized products as the engine computes it: attention, rotary embedding and, on CUDA, norms.
+"""Everything between the quantized products as the engine computes it: attention, rotary embedding and, on CUDA, norms and routers.
 
 Exact products are not enough: a last bit in one of these moves an activation to another code, and codes that differ cascade over
 layers until the learner is as far from the engine as an unaligned one. On CPU vLLM norms as transformers does; silu(gate) * up is
-computed alike on both devices.
+computed alike on both devices, and so are a router's logits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import FunctionType, MethodType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from qarl.errors import ConfigError
 from qarl.kernels.norm import fused_rms_norm
 from qarl.kernels.rotary import ROPE_TYPES, engine_rotary, rotary_table
+from qarl.kernels.router import engine_top_experts, top_experts
 from qarl.trainer.attention import PACKED_ENGINE
 
 ARCHITECTURES = ("llama", "qwen3", "qwen3_moe")
@@ -34,6 +38,7 @@ def follow_engine(model: PreTrainedModel, device_type: str) -> None:
         _check_heads(config)
         _norm_as_the_engine(model)
         _tabulate_as_the_engine(model)
+        _route_as_the_engine(model)
     model.set_attn_implementation(PACKED_ENGINE)
 
 
@@ -85,6 +90,27 @@ def _tabulate_as_the_engine(model: nn.Module) -> None:
     for module in model.modules():
         if type(module).__name__.endswith("RotaryEmbedding"):
             module.forward = _Angles(module.config)
+
+
+def _route_as_the_engine(model: nn.Module) -> None:
+    module: Any  # whose forward is replaced
+    for module in model.modules():
+        is_router = isinstance(module, Qwen3MoeTopKRouter)
+        if is_router:
+            module.forward = Router(module, engine_top_experts)
+
+
+class Router:
+    """Forward of one router: as transformers computes it, but its weights stay float32, as in vLLM."""
+
+    def __init__(self, module: Qwen3MoeTopKRouter, choose: Callable[..., tuple[Tensor, Tensor]] = top_experts) -> None:
+        self.module, self.choose = module, choose
+
+    def __call__(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden [*, H] -> logits [T, E], weights float32 and experts [T, top_k]."""
+        module = self.module
+        logits = F.linear(hidden.reshape(-1, module.hidden_dim), module.weight)
+        return logits, *self.choose(logits, module.top_k, module.norm_topk_prob)
 
 
 class _Norm:

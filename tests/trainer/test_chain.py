@@ -18,8 +18,9 @@ from transformers import (
 from qarl.errors import ConfigError
 from qarl.kernels.attention import cumulative_lengths
 from qarl.kernels.dispatch import backends
+from qarl.kernels.router import engine_top_experts
 from qarl.trainer.attention import PACKED, PACKED_ENGINE, positions
-from qarl.trainer.chain import _Angles, _Norm, follow_engine
+from qarl.trainer.chain import Router, _Angles, _Norm, follow_engine
 
 engine = pytest.mark.skipif(
     backends("w8a8_int8", "cpu", torch.float32)["engine"] is not None, reason="this machine's vLLM has no CPU ops"
@@ -85,6 +86,13 @@ def test_on_cuda_every_norm_follows(kind, per_layer):
     follow_engine(model, "cuda")
     norms = {path: module.forward for path, module in model.named_modules() if path.endswith("norm")}
     assert len(norms) == 2 * (2 + per_layer) + 1 and all(isinstance(forward, _Norm) for forward in norms.values())
+
+
+def test_on_cuda_every_router_follows():
+    model = make("qwen3_moe")
+    follow_engine(model, "cuda")
+    routers = [layer.mlp.gate.forward for layer in model.model.layers]
+    assert all(isinstance(forward, Router) and forward.choose is engine_top_experts for forward in routers)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
