@@ -21,6 +21,15 @@ from qarl.kernels.w8a8_fp8 import Codes
 if TYPE_CHECKING:
     from qarl.kernels.w8a8_fp8_fused import Operand
 
+LEAST_ROWS = 65
+"""From so many rows on CUTLASS gives a row the same bits whatever it is computed with.
+
+vLLM chooses a kernel by the number of rows: up to 16, 64, 128 (tiles of 64 x 128 x 128), more (128 x 128 x 128), and from
+8192 on with K >= 6144 (256 x 128 x 128). None splits K, and all add to a sum in the tensor core by 32 of K at a time in
+ascending order. But up to 64 rows A and B are swapped, and with them the order in which a sum is multiplied by its two
+scales: the last bit of some results. (scaled_mm_sm90_fp8_dispatch.cuh of vLLM.) Engine and learner pad to this many rows.
+"""
+
 
 def quantize(weight: Tensor, group: int | None = None) -> Codes:
     """weight [*, N, K] -> the definition's codes; on CUDA by the kernel of `fused`, whose bits are the same."""
@@ -95,13 +104,16 @@ def _engine_refusal(device_type: str) -> str | None:
 
 @torch.no_grad()
 def _product_engine(x: Tensor, operand: Operand, bias: Tensor | None) -> Tensor:
-    """vLLM's `FP8ScaledMMLinearKernel.apply_weights` and `CutlassFP8ScaledMMLinearKernel.apply_scaled_mm`."""
+    """vLLM's `FP8ScaledMMLinearKernel.apply_weights` and `CutlassFP8ScaledMMLinearKernel.apply_scaled_mm`, the latter
+    as our engine patches it: on `LEAST_ROWS` rows or more."""
     from vllm import _custom_ops as ops
 
     from qarl.kernels.w8a8_fp8_fused import pad
 
+    rows, columns = len(x), operand.codes.shape[0]
+    if rows < LEAST_ROWS:
+        x = F.pad(x, (0, 0, 0, LEAST_ROWS - rows))
     codes, scale = quantize_tokens(x)
-    columns = operand.codes.shape[0]
     bias = None if bias is None else F.pad(bias, (0, columns - operand.n))
     y = ops.cutlass_scaled_mm(pad(codes), operand.codes.t(), scale, operand.scale, x.dtype, bias)
-    return y[:, : operand.n].contiguous()
+    return y[:rows, : operand.n].contiguous()

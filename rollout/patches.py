@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from typing import Any
 
 import torch
 
 from qarl.errors import ConfigError
+from qarl.kernels.w8a8_fp8_engine import LEAST_ROWS
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +20,9 @@ def apply() -> None:
     """All patches that vLLM needs on this machine. Raises `ConfigError` for a vLLM they are not for."""
     if torch.cuda.is_available():
         _norms()
+        if torch.cuda.get_device_capability()[0] == 9:
+            _fp8_rows()
+            _narrow_heads()
         _int8_experts()
         _int4_experts()
 
@@ -38,6 +43,51 @@ def _norms() -> None:
 
     RMSNorm.forward_cuda = forward_cuda  # type: ignore[method-assign]
     logger.warning("vLLM's norms depend on the batch: replaced by the learner's")
+
+
+def _fp8_rows() -> None:
+    """0.26: few rows, as in decoding, are multiplied in e4m3 by kernels whose last bit differs from those for many.
+
+    Here they are padded until the kernels for many take them (`LEAST_ROWS`). The padding is allocated, not written: what a
+    row holds reaches no other, so the op that quantizes the rows may leave it as it was, and no kernel is added to a step.
+    """
+    from vllm.model_executor.kernels.linear.scaled_mm.cutlass import CutlassFP8ScaledMMLinearKernel as Kernel
+
+    compute = Kernel.apply_scaled_mm
+
+    def apply_scaled_mm(self: Any, *, A: torch.Tensor, output_shape: list[int], **others: Any) -> torch.Tensor:
+        """A: [max(rows, LEAST_ROWS), K]; its scales alike."""
+        *rows, n_outputs = output_shape
+        y = compute(self, A=A, output_shape=[len(A), n_outputs], **others)
+        return y[: math.prod(rows)].view(*rows, y.shape[-1])
+
+    Kernel.get_output_padding = lambda self: LEAST_ROWS  # type: ignore[method-assign]
+    Kernel.apply_scaled_mm = apply_scaled_mm  # type: ignore[method-assign]
+    logger.warning("vLLM multiplies few rows in e4m3 by other kernels than many: padded to %d rows", LEAST_ROWS)
+
+
+def _narrow_heads() -> None:
+    """0.26: FlashAttention-3 sums over keys in other blocks where a step has few queries, as in decoding, if heads are narrow.
+
+    Here such models declare a longest query of 65 tokens or more, in planning a step and in computing it, which makes all
+    blocks those of a prefill (kernels/attention.py). To the kernel it is a bound: it reads the true lengths on the device.
+    vLLM chooses a step's graph elsewhere, by its own copy.
+    """
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder as Builder
+
+    least, widest = 65, 64
+    build = Builder.build
+
+    def declared(self: Any, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
+        if self.headdim <= widest:
+            longest = max(common_attn_metadata.max_query_len, least)
+            common_attn_metadata = common_attn_metadata.replace(max_query_len=longest)  # others keep theirs
+        return build(self, common_prefix_len, common_attn_metadata, fast_build)
+
+    Builder.build = declared  # type: ignore[method-assign]
+    logger.warning(
+        "vLLM's attention decodes heads of up to %d in other blocks than it prefills: told of %d queries", widest, least
+    )
 
 
 def _int8_experts() -> None:

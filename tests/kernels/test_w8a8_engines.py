@@ -220,6 +220,23 @@ def test_fp8_engine_and_fused_against_the_definition(shape: tuple[int, int, int]
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize("n, k", [(6144, 4096), (4096, 12288), (24576, 4096), (576, 576), (1536, 576)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_fp8_engine_gives_a_row_the_same_bits_however_many_there_are(n: int, k: int, biased: bool) -> None:
+    """Through every kernel that vLLM chooses by the number of rows, but for those that padding leaves out."""
+    weight, x = torch.randn(n, k, device="cuda").bfloat16(), torch.randn(8192, k, device="cuda").bfloat16()
+    bias = torch.randn(n, device="cuda").bfloat16() if biased else None
+    operand = w8a8_fp8_engine.prepare(w8a8_fp8_engine.quantize(weight), None, torch.bfloat16)
+    whole = w8a8_fp8_engine.product(x[:4096], operand, bias)
+    for m in (1, 16, 33, 64, 65, 128, 129, 300, 8192):
+        rows = w8a8_fp8_engine.product(x[:m], operand, bias)
+        assert rows.shape == (m, n)
+        different = (rows[:4096] != whole[:m]).sum().item()
+        assert different == 0, f"{different} values of {m} rows"
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("on_hopper")
 @pytest.mark.parametrize("counts", [[3, 0, 5, 0], [0, 0, 0, 700], [300, 1, 0, 0, 90]])
 @pytest.mark.parametrize("shape", [(384, 512), (1536, 2048)])
 @pytest.mark.parametrize("weighted", [False, True])
