@@ -9,9 +9,10 @@ On CUDA vLLM runs FlashAttention-3, which sums over keys in blocks counted from 
 the same in the bits whether it is computed with its whole sequence (the learner; a prompt) or alone over the paged cache (decoding)
 if the blocks are equally long and no row is split over several programs (num_splits = 1). They are in every case for heads of more
 than 96, 128 keys for those of 128. For heads of up to 64 they are 128 keys but where a step has few queries (max_seqlen_q times
-query heads of a KV head at most 64, as in decoding), there 192: equal bits up to 128 keys, not beyond. Heads of 65 to 96 have 128
-keys where the cache is paged and 144 where there is none (tile_size.h of vllm-project/flash-attention; the kernels that vLLM 0.26
-is built with).
+query heads of a KV head at most 64, as in decoding), there 192: equal bits up to 128 keys, not beyond. Our engine therefore tells
+the kernel of a longer query than there is (rollout/patches.py), so that blocks are 128 keys in any step. Heads of 65 to 96 have
+128 keys where the cache is paged and 144 where there is none (tile_size.h of vllm-project/flash-attention; the kernels that vLLM
+0.26 is built with).
 """
 
 from __future__ import annotations

@@ -178,7 +178,7 @@ def decoded(q, k, v, n_tokens, declared, scheduled):
 @pytest.mark.parametrize("n_tokens", [1, 50])
 @pytest.mark.parametrize(
     "heads, kv_heads, width, declared, equal_up_to",
-    [(16, 8, 128, 1, 900), (32, 4, 128, 1, 900), (9, 3, 64, 1, 128), (9, 3, 64, 65, 900)],
+    [(16, 8, 128, 1, 900), (32, 4, 128, 1, 900), (9, 3, 64, 1, 128), (9, 3, 64, 65, 900), (4, 4, 32, 65, 900)],
 )
 def test_engine_gives_a_row_the_same_bits_in_decoding(
     heads, kv_heads, width, declared, equal_up_to, n_tokens, scheduled
