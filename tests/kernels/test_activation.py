@@ -62,3 +62,16 @@ def test_nothing_is_saved_but_the_input_and_no_rows_are_fine() -> None:
     empty = torch.empty(0, 8, requires_grad=True)
     silu_and_multiply(empty).sum().backward()
     assert empty.grad is not None and empty.grad.shape == (0, 8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [768, 1536])
+def test_forward_is_vllms_at_every_gate(width: int) -> None:
+    from vllm import _custom_ops  # noqa: F401  loads the op
+
+    gates = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    gate = gates[gates.isfinite()].cuda()[:, None].expand(-1, width)
+    gate_up = torch.cat([gate, torch.randn(len(gate), width, device="cuda").bfloat16()], -1)
+    theirs = torch.empty_like(gate_up[:, :width])
+    torch.ops._C.silu_and_mul(theirs, gate_up)
+    torch.testing.assert_close(silu_and_multiply(gate_up), theirs, rtol=0, atol=0, equal_nan=True)
