@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -114,12 +114,12 @@ def _beside(make: Callable[[], Work], baselines: dict[str, Work], floors: Row) -
 
 def _block(build: Callable[[], Any], index: Tensor, name: str, backend: str, training: bool) -> Work:
     """The module of experts: in bf16 transformers' own by grouped products or ours, else aligned."""
-    from qarl.trainer.aligned import AlignedModel, _Experts
+    from qarl.trainer.aligned import AlignedModel, move_plain_experts
 
     model = build()
     module = model.model.layers[0].mlp.experts
     if backend == "ours":
-        module.forward = _Experts(cast(AlignedModel, Bf16Experts()), module, "experts")
+        move_plain_experts(model)
     elif name != "bf16":
         AlignedModel(model, formats.get(name), backend, device().type, torch.bfloat16)
     x = leaf(len(index), module.hidden_dim)
@@ -127,31 +127,6 @@ def _block(build: Callable[[], Any], index: Tensor, name: str, backend: str, tra
     dy = torch.randn_like(x)
     learned = (x, weights, module.gate_up_proj, module.down_proj)
     return _work(lambda: module(x, index, weights), learned, dy, training)
-
-
-class Bf16Experts:
-    """Our expert layer without a format: what an `AlignedModel` and its `Arithmetic` offer, and the weights are their own codes."""
-
-    def experts(
-        self, x: Tensor, name: str, weight: Tensor, offsets: Tensor, row_weights: Tensor | None = None
-    ) -> Tensor:
-        from qarl.kernels.linear import Prepared, aligned_experts
-
-        own: Any = self
-        return aligned_experts(
-            x, weight, offsets, own, Prepared({"weight": weight.detach()}, weight.detach()), row_weights
-        )
-
-    @property
-    def module(self) -> Bf16Experts:
-        return self
-
-    def grouped_product(self, x: Tensor, weight: Tensor, offsets: Tensor, row_weights: Tensor | None) -> Tensor:
-        y = torch._grouped_mm(x, weight.transpose(1, 2), offs=offsets)
-        return y if row_weights is None else y.mul_(row_weights[:, None].to(y.dtype))
-
-    def dequantize(self, codes: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
-        return codes["weight"]
 
 
 def _product(given: tuple[Tensor, Tensor, Tensor], offsets: Tensor, name: str, backend: str, training: bool) -> Work:

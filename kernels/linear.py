@@ -89,6 +89,12 @@ def aligned_experts(
     return _AlignedExperts.apply(x, weight, offsets, arithmetic, prepared, row_weights)
 
 
+@torch.compiler.disable
+def plain_experts(x: Tensor, weight: Tensor, offsets: Tensor, row_weights: Tensor | None = None) -> Tensor:
+    """`aligned_experts` in x's own dtype, nothing quantized."""
+    return _AlignedExperts.apply(x, weight, offsets, Arithmetic("bf16", None, "plain", x.dtype), None, row_weights)
+
+
 class _AlignedLinear(torch.autograd.Function):
     @staticmethod
     def forward(

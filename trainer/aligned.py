@@ -18,7 +18,7 @@ from qarl.errors import ConfigError
 from qarl.formats import QuantFormat
 from qarl.kernels.activation import silu_and_multiply
 from qarl.kernels.dispatch import choose, has_engine
-from qarl.kernels.linear import Arithmetic, Prepared, aligned_experts, aligned_linear
+from qarl.kernels.linear import Arithmetic, Prepared, aligned_experts, aligned_linear, plain_experts
 from qarl.kernels.routing import collect, route, row_weights, spread
 from qarl.trainer.chain import Router, follow_engine
 
@@ -29,7 +29,7 @@ class AlignedModel:
     def __init__(
         self, model: nn.Module, format: QuantFormat, backend: str, device_type: str, dtype: torch.dtype
     ) -> None:
-        """Swaps forwards in place. Backend `none` swaps nothing: the learner computes unquantized, and is not aligned."""
+        """Swaps forwards in place. Backend `none` aligns nothing: the learner computes unquantized."""
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         self.covered = {name: shape for name, shape in shapes.items() if format.covers(name, shape)}
         for name, shape in self.covered.items():
@@ -43,6 +43,8 @@ class AlignedModel:
             # `fused` computes the engine's products where the engine's own are too slow: the rest is then the engine's.
             by_auto = backend == "auto" and self.backend == "fused" and has_engine(device_type, dtype)
             self.follows_engine = self.backend == "engine" or by_auto
+        elif device_type == "cuda" and dtype == torch.bfloat16:
+            move_plain_experts(model)
         if self.follows_engine:
             assert isinstance(model, PreTrainedModel)
             follow_engine(model, device_type)
@@ -98,6 +100,23 @@ class AlignedModel:
         return aligned_experts(x, weight, offsets, self._arithmetic, self._of(name, weight), row_weights)
 
 
+def move_plain_experts(model: nn.Module) -> None:
+    """Packed experts that nothing quantizes: transformers' arithmetic, but rows move our way, in half the time."""
+    module: Any  # whose forward is replaced
+    for path, module in model.named_modules():
+        if {"gate_up_proj", "down_proj"} == {name for name, _ in module.named_parameters(recurse=False)}:
+            module.forward = _Experts(PlainExperts(), module, path)
+
+
+class PlainExperts:
+    """The products of experts where nothing is quantized."""
+
+    def experts(
+        self, x: Tensor, name: str, weight: Tensor, offsets: Tensor, row_weights: Tensor | None = None
+    ) -> Tensor:
+        return plain_experts(x, weight, offsets, row_weights)
+
+
 class _Linear:
     """Forward of one `nn.Linear`."""
 
@@ -112,7 +131,7 @@ class _Linear:
 class _Experts:
     """Forward of one module of packed experts: `gate_up_proj` [E, 2M, H], `down_proj` [E, H, M], as in transformers 5."""
 
-    def __init__(self, aligned: AlignedModel, module: Any, path: str) -> None:
+    def __init__(self, aligned: AlignedModel | PlainExperts, module: Any, path: str) -> None:
         self.aligned, self.module, self.path = aligned, module, path
 
     @torch.compiler.disable

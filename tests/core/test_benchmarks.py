@@ -6,9 +6,8 @@ import weakref
 from functools import partial
 
 import pytest
-import torch
 
-from benchmarks import kernels, layers, learner, timing
+from benchmarks import kernels, learner, timing
 from benchmarks.rows import Bar, Report
 from qarl.errors import ConfigError
 
@@ -86,23 +85,6 @@ def test_ratios_are_of_neighbours_and_the_strictest_baseline_counts(monkeypatch)
     assert row["ratio"] == row["ratio_fast"] == pytest.approx((15 / 15 + 60 / 30) / 2)
     assert row["ratio_slow"] == pytest.approx((15 / 40 + 60 / 60) / 2)
     assert row["ratio_quartiles"] == pytest.approx([1.25, 1.75])
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-def test_our_expert_layer_in_bf16_computes_what_its_definition_says(weighted):
-    torch.manual_seed(0)
-    x, weight = layers.leaf(6, 16), layers.leaf(3, 8, 16)
-    weights = torch.rand(6).requires_grad_() if weighted else None
-    offsets = torch.tensor([2, 2, 6], dtype=torch.int32)
-    learned = [t for t in (x, weight, weights) if t is not None]
-    dy = torch.randn(6, 8).bfloat16()
-    y = layers.Bf16Experts().experts(x, "", weight, offsets, weights)
-    expected = torch.cat([x[:2] @ weight[0].T, x[2:] @ weight[2].T]) * (1 if weights is None else weights[:, None])
-    torch.testing.assert_close(y.float(), expected.float(), rtol=0.02, atol=0.02)
-    for ours, theirs in zip(
-        torch.autograd.grad(y, learned, dy), torch.autograd.grad(expected, learned, dy.to(expected.dtype)), strict=True
-    ):
-        torch.testing.assert_close(ours.float(), theirs.float(), rtol=0.05, atol=0.05)
 
 
 def test_a_broken_kernel_fails_its_rows_and_the_command_and_the_others_go_on(run, monkeypatch):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qarl.formats import FORMATS
 from qarl.kernels.dispatch import backends, load
-from qarl.kernels.linear import Arithmetic, aligned_experts, aligned_linear
+from qarl.kernels.linear import Arithmetic, aligned_experts, aligned_linear, plain_experts
 
 CASES = [
     (name, backend)
@@ -307,3 +307,20 @@ def test_no_16_bit_copy_of_a_weight_is_kept_on_a_gpu() -> None:
         kept = torch.cuda.memory_allocated() - before
         assert kept <= (0.27 if name == "w4a16" else 0.52) * weight.nbytes, (name, backend, kept / weight.nbytes)
         del prepared
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_plain_experts_compute_what_their_definition_says(device, weighted):
+    """bfloat16: the tolerances are a few of its roundings."""
+    x, weight = (torch.randn(shape, device=device).bfloat16().requires_grad_() for shape in ((6, 16), (3, 8, 16)))
+    weights = torch.rand(6, device=device).requires_grad_() if weighted else None
+    offsets = torch.tensor([2, 2, 6], dtype=torch.int32, device=device)
+    learned = [t for t in (x, weight, weights) if t is not None]
+    dy = torch.randn(6, 8, device=device).bfloat16()
+    y = plain_experts(x, weight, offsets, weights)
+    expected = torch.cat([x[:2] @ weight[0].T, x[2:] @ weight[2].T]) * (1 if weights is None else weights[:, None])
+    torch.testing.assert_close(y.float(), expected.float(), rtol=0.02, atol=0.02)
+    for ours, theirs in zip(
+        torch.autograd.grad(y, learned, dy), torch.autograd.grad(expected, learned, dy.to(expected.dtype)), strict=True
+    ):
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=0.05, atol=0.05)

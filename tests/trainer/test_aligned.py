@@ -12,7 +12,7 @@ from qarl.errors import ConfigError
 from qarl.formats import get
 from qarl.kernels.dispatch import load
 from qarl.trainer import aligned as aligned_module
-from qarl.trainer.aligned import AlignedModel
+from qarl.trainer.aligned import AlignedModel, move_plain_experts
 from qarl.trainer.attention import PACKED, positions
 
 LENGTHS = [6, 1, 11]
@@ -217,3 +217,17 @@ def test_a_group_that_does_not_divide_is_refused(models):
 
 def test_every_format_is_covered_here():
     assert set(formats.FORMATS) == {"bf16", "w8a8_int8", "w8a8_fp8", "w4a16", "w4a16_g32"}
+
+
+def test_plain_experts_equal_those_of_transformers_forward_and_backward(models):
+    """What a GPU's learner computes where nothing is quantized."""
+    ours, theirs = open_model(models["moe"]), open_model(models["moe"])
+    theirs.set_experts_implementation("eager")
+    move_plain_experts(ours)
+    a, b = logits(ours), logits(theirs)
+    assert torch.allclose(a, b, atol=1e-5, rtol=1e-5)
+    weights = torch.randn(a.shape, generator=torch.Generator().manual_seed(1))
+    for output in (a, b):
+        (output * weights).sum().backward()
+    for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert (mine.grad - other.grad).abs().max() <= 1e-4 * other.grad.abs().max(), name

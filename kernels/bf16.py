@@ -1,0 +1,53 @@
+"""bf16: nothing is quantized. For packed experts all the same: their rows move twice as fast our way as transformers'.
+
+The functions of every backend, with the weight in the place of its codes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qarl.kernels.routing import clear_after, spans
+
+Codes = dict[str, Tensor]
+
+
+def quantize(weight: Tensor, group: int | None = None) -> Codes:
+    """The weight itself."""
+    return {"weight": weight}
+
+
+def dequantize(codes: Codes, group: int | None, dtype: torch.dtype) -> Tensor:
+    """The weight itself, in `dtype`."""
+    return codes["weight"].to(dtype)
+
+
+def prepare(codes: Codes, group: int | None, dtype: torch.dtype) -> Tensor:
+    """The weight itself, a matrix or E experts."""
+    return codes["weight"]
+
+
+def product(x: Tensor, operand: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y [M, N] from x [M, K]."""
+    return F.linear(x, operand, bias)
+
+
+def grouped_product(x: Tensor, operand: Tensor, offsets: Tensor, row_weights: Tensor | None = None) -> Tensor:
+    """y [M, N] from x [M, K] with rows sorted by expert, `offsets` int32 [E] where those of each end; 0 for rows after the last.
+
+    `row_weights` [M] multiply the rounded result in x's dtype, as transformers has it. Waits for the device off CUDA alone.
+    """
+    if x.is_cuda and len(x):
+        y = clear_after(torch._grouped_mm(x, operand.transpose(-2, -1), offs=offsets.to(torch.int32)), offsets)
+    else:
+        y = x.new_zeros(len(x), operand.shape[-2])
+        for expert, rows in spans(offsets):
+            y[rows] = x[rows] @ operand[expert].t()
+    return y if row_weights is None else y.mul_(row_weights[:, None].to(y.dtype))
+
+
+def refusal(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why it does not run on that device for inputs of `dtype`: torch's grouped product takes bfloat16."""
+    return None if device_type != "cuda" or dtype == torch.bfloat16 else f"it takes torch.bfloat16, not {dtype}"
