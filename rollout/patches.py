@@ -152,6 +152,9 @@ def _int4_experts() -> None:
         return permute(s, size_k, size_n, group_size, is_a_8bit)
 
     vars(oracle).update(marlin_moe_permute_scales=marlin_moe_permute_scales)
+    logger.warning(
+        "vLLM would serve int4 experts of a single group with scales out of order: patched to go by the scales"
+    )
 
 
 @functools.cache  # one class, not one a layer

@@ -28,10 +28,11 @@ from qarl.rollout.vllm_settings import ENVIRONMENT, gpu_settings, quantization_o
 class VllmEngine(Engine):
     """See `Engine`.
 
-    On a GPU vLLM runs so that a learner can follow its arithmetic, op by op. Nothing is compiled by inductor, so norms,
-    rotary embedding, SiLU and quantization are vLLM's own CUDA kernels and each rounds once. Linear layers and experts run
-    in named kernels (CUTLASS, Triton, Marlin), the router and lm_head in torch's product. Attention is FlashAttention (3 on
-    Hopper) without splits along the keys, whatever the batch, and without cascades over shared prefixes. Decoding replays
+    On a GPU vLLM runs so that a learner can follow its arithmetic, op by op. Nothing is compiled by inductor, so rotary
+    embedding, SiLU and quantization are vLLM's own CUDA kernels and each rounds once; norms are the learner's kernel. Linear
+    layers and experts run in named kernels (CUTLASS, Triton, Marlin), the router and lm_head in torch's product. Attention is
+    FlashAttention (3 on Hopper) without splits along the keys, whatever the batch, and without cascades over shared prefixes.
+    What would make a token's bits depend on its batch besides is patched (rollout/patches.py). Decoding replays
     CUDA graphs; prefill and mixed batches run as they are. `rollout.eager` turns graphs off, and with them vLLM's bound on
     splits: attention over long contexts may then sum in another order.
     """
