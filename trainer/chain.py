@@ -33,7 +33,7 @@ def follow_engine(model: PreTrainedModel, device_type: str) -> None:
     config: Any = model.config
     if config.model_type not in ARCHITECTURES:
         _refuse(f"the engine's forward of {config.model_type!r} is not known (known: {', '.join(ARCHITECTURES)})")
-    _rotate_as_the_engine(model)
+    _rotate_as_the_engine(model, config.num_hidden_layers)
     if device_type == "cuda":
         _check_heads(config)
         _norm_as_the_engine(model)
@@ -43,7 +43,7 @@ def follow_engine(model: PreTrainedModel, device_type: str) -> None:
 
 
 def _refuse(why: str) -> None:
-    raise ConfigError(f"learner.backend: engine: {why}; choices: 'fused', 'emulated', 'none'")
+    raise ConfigError(f"learner.backend: engine: {why}; choices: 'emulated', 'none' and, on a GPU, 'fused'")
 
 
 def _head_size(config: Any) -> int:
@@ -60,12 +60,13 @@ def _check_heads(config: Any) -> None:
         _refuse(f"its table of rotary type {rope!r} is not known (known: {', '.join(ROPE_TYPES)}, of whole heads)")
 
 
-def _rotate_as_the_engine(model: nn.Module) -> None:
+def _rotate_as_the_engine(model: nn.Module, n_layers: int) -> None:
     """Gives each attention module a forward that finds the engine's rotary embedding under the name transformers calls.
 
     The forward is the module's own code over its own globals, but for that one name: no other model is touched.
     """
     name = "apply_rotary_pos_emb"
+    n_found = 0
     for module in model.modules():
         forward: Any = type(module).forward
         if name in getattr(getattr(forward, "__code__", None), "co_names", ()):
@@ -73,6 +74,11 @@ def _rotate_as_the_engine(model: nn.Module) -> None:
             own = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
             own.__kwdefaults__ = forward.__kwdefaults__
             module.forward = MethodType(own, module)
+            n_found += 1
+    if (
+        n_found != n_layers
+    ):  # a forward behind a decorator would hide the name, and the learner drift off without a word
+        _refuse(f"{n_found} of {n_layers} attention layers call transformers' {name} by that name")
 
 
 def _norm_as_the_engine(model: nn.Module) -> None:

@@ -122,6 +122,19 @@ def test_an_unknown_rotary_type_is_refused():
         follow_engine(model, "cuda")
 
 
+def test_an_attention_layer_whose_rotary_embedding_cannot_be_replaced_is_refused():
+    model = make("qwen3")
+    own = type(model.model.layers[1].self_attn)
+
+    class Wrapped(own):  # as a decorator would: the code that names the function is out of sight
+        def forward(self, *arguments, **others):
+            return super().forward(*arguments, **others)
+
+    model.model.layers[1].self_attn.__class__ = Wrapped
+    with pytest.raises(ConfigError, match=r"learner.backend.*1 of 2 attention layers.*apply_rotary_pos_emb"):
+        follow_engine(model, "cpu")
+
+
 def test_an_unknown_norm_is_refused():
     model = make("qwen3")
     model.model.layers[1].pre_feedforward_layernorm = type(model.model.norm)(256)
