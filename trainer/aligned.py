@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeTopKRouter
 
 from qarl.errors import ConfigError
 from qarl.formats import QuantFormat
@@ -101,10 +101,14 @@ class AlignedModel:
 
 
 def move_plain_experts(model: nn.Module) -> None:
-    """Packed experts that nothing quantizes: transformers' arithmetic, but rows move our way, in half the time."""
+    """Packed experts that nothing quantizes: transformers' arithmetic, but rows move our way, in half the time.
+
+    Of one class alone: others have parameters of these names too, but clamp their gates or lie transposed.
+    """
     module: Any  # whose forward is replaced
     for path, module in model.named_modules():
-        if {"gate_up_proj", "down_proj"} == {name for name, _ in module.named_parameters(recurse=False)}:
+        is_known = isinstance(module, Qwen3MoeExperts)
+        if is_known:
             module.forward = _Experts(PlainExperts(), module, path)
 
 

@@ -231,3 +231,16 @@ def test_plain_experts_equal_those_of_transformers_forward_and_backward(models):
         (output * weights).sum().backward()
     for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert (mine.grad - other.grad).abs().max() <= 1e-4 * other.grad.abs().max(), name
+
+
+def test_plain_experts_of_an_architecture_not_known_stay_as_they_are():
+    """They may clamp their gates, as those of DeepSeek 4 do, under the same names of parameters."""
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_up_proj, self.down_proj = nn.Parameter(torch.zeros(2, 8, 4)), nn.Parameter(torch.zeros(2, 4, 4))
+
+    model = nn.Sequential(Experts())
+    move_plain_experts(model)
+    assert "forward" not in vars(model[0])
