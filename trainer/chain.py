@@ -75,9 +75,8 @@ def _rotate_as_the_engine(model: nn.Module, n_layers: int) -> None:
             own.__kwdefaults__ = forward.__kwdefaults__
             module.forward = MethodType(own, module)
             n_found += 1
-    if (
-        n_found != n_layers
-    ):  # a forward behind a decorator would hide the name, and the learner drift off without a word
+    # A forward behind a decorator would hide the name, and the learner would drift off without a word.
+    if n_found != n_layers:
         _refuse(f"{n_found} of {n_layers} attention layers call transformers' {name} by that name")
 
 
