@@ -40,7 +40,8 @@ def grouped_product(x: Tensor, operand: Tensor, offsets: Tensor, row_weights: Te
     `row_weights` [M] multiply the rounded result in x's dtype, as transformers has it. Waits for the device off CUDA alone.
     """
     if x.is_cuda and len(x):
-        y = clear_after(torch._grouped_mm(x, operand.transpose(-2, -1), offs=offsets.to(torch.int32)), offsets)
+        y = torch._grouped_mm(x, operand.transpose(-2, -1), offs=offsets.to(torch.int32))
+        y = clear_after(y.contiguous(), offsets)  # rows lie apart where N is no multiple of 8
     else:
         y = x.new_zeros(len(x), operand.shape[-2])
         for expert, rows in spans(offsets):
