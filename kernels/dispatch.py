@@ -1,6 +1,7 @@
 """Which module computes a format by which backend, and what runs on this machine. What cannot run is refused by name.
 
-`bf16` has none: callers ask `QuantFormat.quantizes` first and use `F.linear`.
+`bf16` has none that can be asked for: callers ask `QuantFormat.quantizes` first and use `F.linear`. Its module, `plain`, is there
+for packed experts alone.
 """
 
 from __future__ import annotations
