@@ -1,74 +1,23 @@
 """The benchmark commands run, at sizes that measure nothing, and fail where a row does."""
 
-import gc
 import json
-import weakref
 from functools import partial
 
 import pytest
 
-from benchmarks import kernels, learner, timing
+from benchmarks import kernels, timing
 from benchmarks.rows import Bar, Report
 from qarl.errors import ConfigError
 
 
-@pytest.fixture(autouse=True)
-def quick_collections():
-    """DeepSpeed collects garbage six times a start; what stands already need not be looked through each time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture
-def run(tmp_path):
-    """`run(kernels, "--only", "dense")` -> exit status, rows."""
-
-    def command(module, *arguments):
-        out = tmp_path / "out.json"
-        status = module.main(["--tiny", "--out", str(out), *arguments])
-        return status, json.loads(out.read_text())["rows"]
-
-    return command
-
-
 @pytest.mark.parametrize("group", ["quantize", "dense", "experts", "head"])
-def test_every_kernel_row_is_measured(run, group, capsys):
-    status, rows = run(kernels, "--only", group)
+def test_every_kernel_row_is_measured(run_benchmark, group, capsys):
+    status, rows = run_benchmark(kernels, "--only", group)
     assert status == 0 and rows
     for row in rows:
         assert row["group"] == group and row["ms"] > 0 and row["floor_bytes_ms"] > 0, row
     assert {"w4a16", "w8a8_int8", "w8a8_fp8"} <= {row["format"] for row in rows} or group == "head"
     assert "verdict" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("model", learner.MODELS)
-def test_every_learner_row_is_measured_against_bf16(run, model, monkeypatch):
-    monkeypatch.setattr(learner, "FORMATS", ("bf16", "w4a16"))  # a start of DeepSpeed each
-    status, rows = run(learner, "--only", model)
-    assert status == 0
-    assert [row["format"] for row in rows] == ["bf16", "bf16", "w4a16", "w4a16", "bf16"]
-    for i, row in enumerate(rows):
-        assert row["ms"] >= row["forward_ms"] > 0
-        assert row.get("bf16_ms") == [None, None, rows[0]["ms"], rows[1]["ms"], rows[0]["ms"]][i]
-        assert i < 2 or row["ratio"] == pytest.approx(row["ms"] / row["bf16_ms"])
-
-
-def test_a_closed_learner_leaves_nothing_and_trouble_in_closing_costs_no_other_row(run, monkeypatch):
-    monkeypatch.setattr(learner, "FORMATS", ("bf16",))
-    closed, left = learner.Lazy.close, []
-
-    def close(started):
-        left.append(weakref.ref(started.learner.model.lm_head.weight))
-        closed(started)
-        raise RuntimeError("out of order")
-
-    monkeypatch.setattr(learner.Lazy, "close", close)
-    status, rows = run(learner, "--only", "dense")
-    assert status == 1 and len(left) == 2
-    assert [weight() for weight in left] == [None, None]
-    broken = "RuntimeError: out of order"
-    assert [row.get("failed") for row in rows] == [None, None, broken, None, broken]
 
 
 def test_ratios_are_of_neighbours_and_the_strictest_baseline_counts(monkeypatch):
@@ -87,14 +36,14 @@ def test_ratios_are_of_neighbours_and_the_strictest_baseline_counts(monkeypatch)
     assert row["ratio_quartiles"] == pytest.approx([1.25, 1.75])
 
 
-def test_a_broken_kernel_fails_its_rows_and_the_command_and_the_others_go_on(run, monkeypatch):
+def test_a_broken_kernel_fails_its_rows_and_the_command_and_the_others_go_on(run_benchmark, monkeypatch):
     from qarl.kernels import w8a8_fp8
 
     def broken(*arguments):
         raise RuntimeError("out of order")
 
     monkeypatch.setattr(w8a8_fp8, "product", broken)
-    status, rows = run(kernels, "--only", "dense")
+    status, rows = run_benchmark(kernels, "--only", "dense")
     assert status == 1
     for row in rows:
         assert ("failed" in row) == (row["format"] == "w8a8_fp8")

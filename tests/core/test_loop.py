@@ -30,7 +30,7 @@ def test_a_checkpoint_that_is_refused_leaves_the_rows_behind_it(config, monkeypa
     checkpoint.save(run_dir.checkpoints, {"step": 1, "contract_hash": "aaaa"}, lambda folder: None, 2)
     rows = '{"step": 0}\n{"step": 1}\n'
     (run_dir.path / "metrics.jsonl").write_text(rows)
-    standing = SimpleNamespace(contract_hash="bbbb", coverage="all", backend="emulated")
+    standing = SimpleNamespace(contract_hash="bbbb", coverage="all", arithmetic="products emulated")
     cluster = SimpleNamespace(learner=SimpleNamespace(standing=standing))
     monkeypatch.setattr(loop, "prepare", lambda _: SimpleNamespace(model="folder"))
     monkeypatch.setattr(loop.Cluster, "open", lambda *_: nullcontext(cluster))

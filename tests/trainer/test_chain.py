@@ -124,7 +124,7 @@ def test_an_unknown_rotary_type_is_refused():
 
 def test_an_attention_layer_whose_rotary_embedding_cannot_be_replaced_is_refused():
     model = make("qwen3")
-    own = type(model.model.layers[1].self_attn)
+    own: Any = type(model.model.layers[1].self_attn)
 
     class Wrapped(own):  # as a decorator would: the code that names the function is out of sight
         def forward(self, *arguments, **others):
