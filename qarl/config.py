@@ -311,8 +311,8 @@ class LearnerConfig:
     zero: Literal[0, 1, 2, 3] = 1
     """DeepSpeed's ZeRO stage; 0 keeps no masters, so it is for float32 models. `muon` and `adamw_8bit` need it."""
     backend: Backend = "auto"
-    """How low-bit products are computed. `engine`: by vLLM's own op; `fused`: by our kernels (CUDA); `emulated`: by the definition in
-    torch; `auto`: by the first of these that runs here, the other ops being the engine's too where they can; `none`: the learner
+    """How low-bit products are computed. `engine`: by vLLM's own op; `fused`: by our kernels (CUDA); `emulated`: by the definition,
+    in torch; `auto`: by the first of these that runs here, the other ops being the engine's too where they can; `none`: the learner
     computes unquantized (not aligned, for comparison)."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimizer and schedule."""
