@@ -1,12 +1,11 @@
 """bf16: nothing is quantized. For packed experts all the same: their rows move twice as fast our way as transformers'.
 
-The functions of every backend, with the weight in the place of its codes.
+What experts ask of a backend, with the weight in the place of its codes.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from qarl.kernels.routing import clear_after, spans
@@ -29,11 +28,6 @@ def prepare(codes: Codes, group: int | None, dtype: torch.dtype) -> Tensor:
     return codes["weight"]
 
 
-def product(x: Tensor, operand: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y [M, N] from x [M, K]."""
-    return F.linear(x, operand, bias)
-
-
 def grouped_product(x: Tensor, operand: Tensor, offsets: Tensor, row_weights: Tensor | None = None) -> Tensor:
     """y [M, N] from x [M, K] with rows sorted by expert, `offsets` int32 [E] where those of each end; 0 for rows after the last.
 
@@ -47,8 +41,3 @@ def grouped_product(x: Tensor, operand: Tensor, offsets: Tensor, row_weights: Te
         for expert, rows in spans(offsets):
             y[rows] = x[rows] @ operand[expert].t()
     return y if row_weights is None else y.mul_(row_weights[:, None].to(y.dtype))
-
-
-def refusal(device_type: str, dtype: torch.dtype) -> str | None:
-    """Why it does not run on that device for inputs of `dtype`: torch's grouped product takes bfloat16."""
-    return None if device_type != "cuda" or dtype == torch.bfloat16 else f"it takes torch.bfloat16, not {dtype}"
