@@ -8,6 +8,7 @@ import torch
 
 from qarl.kernels import (
     activation,
+    marlin_fused,
     norm_fused,
     routing,
     w4a16_fused,
@@ -28,6 +29,12 @@ def weights_and_tokens() -> None:
     for module in (w8a8_int8_fused, w8a8_fp8_fused):
         for shape in ((1, 24), (67, 776), (5, 12296)):
             module.quantize_tokens(random(*shape))
+
+
+def layouts() -> None:
+    for shape in ((64, 2), (128, 38), (3, 192, 66)):
+        codes = torch.randint(-(2**31), 2**31, shape, device="cuda", dtype=torch.int32)
+        marlin_fused.unpack(marlin_fused.pack(codes))
 
 
 def products() -> None:
@@ -69,7 +76,7 @@ def log_probs() -> None:
 
 if __name__ == "__main__":
     assert torch.cuda.is_available(), "a GPU is what is checked"
-    for part in (weights_and_tokens, products, experts_and_norms, log_probs):
+    for part in (weights_and_tokens, layouts, products, experts_and_norms, log_probs):
         part()
         torch.cuda.synchronize()
         print(part.__name__, "done", flush=True)
