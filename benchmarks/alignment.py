@@ -17,9 +17,11 @@ import numpy as np
 import torch
 
 from benchmarks import alignment_gpu, record
+from qarl.batching import pack_to_score
 from qarl.cli import compose
 from qarl.config import Backend, RunConfig
 from qarl.prepare import prepare
+from qarl.records import SyncRequest
 from qarl.seeds import completion_seeds
 
 BACKENDS: dict[str, tuple[Backend, ...]] = {"bf16": ("none",), "w8a8_int8": ("none", "emulated", "engine")}
@@ -51,6 +53,7 @@ def cases(trained: str | None) -> Iterator[tuple[str, RunConfig]]:
 
 def measure(name: str, config: RunConfig, prompts: int) -> Iterator[dict[str, Any]]:
     """One row a format and backend, of completions that the engine samples once a format."""
+    from qarl.bridge import ThroughHost
     from qarl.cluster import LearnerGroup, Sampler, ray_session  # needs Ray, which a GPU's way does not
     from qarl.samples import score, to_samples
 
@@ -59,13 +62,15 @@ def measure(name: str, config: RunConfig, prompts: int) -> Iterator[dict[str, An
     for format, backends in BACKENDS.items():
         run = replace(config, rollout=replace(config.rollout, format=format))
         with ray_session(run):
-            sampler, completions = Sampler(run, inputs.model), None
-            sampler.wait()
+            completions = None
             for backend in backends:
                 learner = LearnerGroup(replace(run, learner=replace(run.learner, backend=backend)), inputs.model)
                 learner.wait()
                 if completions is None:
-                    sampler.refill(learner.publish(0, run.sync.tiles))
+                    sampler = Sampler(run, inputs.model, ThroughHost(learner.publish))
+                    sampler.wait()
+                    nobody, _ = pack_to_score([], learner.ranks, learner.tokens)
+                    sampler.refill(SyncRequest(0, run.sync.tiles, nobody))
                     seeds = completion_seeds(run.seed, "alignment", 0, prompts, n)
                     completions = sampler.generate(asked, run.rollout.sampling, seeds)
                 samples = score(learner, to_samples(asked, completions, np.zeros(len(completions)), "dr_grpo"))

@@ -40,7 +40,7 @@ from qarl.trainer.aligned import AlignedModel
 from qarl.trainer.chain import follow_engine
 from qarl.trainer.model import load_model
 from qarl.trainer.policy import Policy, to_tensors
-from qarl.trainer.publish import make_update
+from qarl.trainer.publish import model_update
 
 SAMPLES = 4
 MAX_TOKENS = 512
@@ -104,7 +104,7 @@ class Job:
     def refilled(self, base: Any) -> Engine:
         """Our engine, started without weights and filled by `publish`."""
         with self.stage("publish"):
-            update = make_update(base.named_parameters(), self.format, 0, n_tiles=2)
+            update = model_update(base, self.format, 0, n_tiles=2)
         config = RolloutConfig(
             format=self.format.name,
             gpu_memory=0.8 / self.share,

@@ -44,6 +44,20 @@ class Backend(Protocol):
         """Why it does not run on that device here for inputs of `dtype`; `None` where it does."""
 
 
+class Quantizer(Protocol):
+    """What definitions and `fused` modules do with weights besides; `quantize` and `dequantize` are those of `Backend`."""
+
+    def quantize(self, weight: Tensor, group: int | None = None) -> Codes: ...
+
+    def quantize_into(self, weight: Tensor, group: int | None, out: Codes) -> None:
+        """`quantize`, written into these parts, which are contiguous."""
+
+    def dequantize(self, codes: Codes, group: int | None, dtype: torch.dtype) -> Tensor: ...
+
+    def columns(self, codes: Codes, group: int | None, at: Tensor) -> Tensor:
+        """float32 [*, N, C]: the columns `at` int64 [C] of Ŵ, without the rest of it."""
+
+
 _DEFINITIONS = {"w8a8_int8": "w8a8_int8", "w8a8_fp8": "w8a8_fp8", "w4a16": "w4a16", "w4a16_g32": "w4a16"}
 _SUFFIX = {"engine": "_engine", "fused": "_fused", "emulated": ""}
 _MARLIN = "vLLM's Marlin takes 1.8 times as long as bf16 at a learner's sizes; 'fused' computes Marlin's values"
@@ -64,9 +78,9 @@ def load(format_name: str, backend: str) -> Backend:
     return cast(Backend, import_module(f"qarl.kernels.{definition}{_SUFFIX[backend]}"))
 
 
-def quantizer(format_name: str, device_type: str) -> Backend:
+def quantizer(format_name: str, device_type: str) -> Quantizer:
     """The module to quantize and dequantize with on that device: the fastest, since all give the same bits."""
-    return load(format_name, "fused" if device_type == "cuda" else "emulated")
+    return cast(Quantizer, load(format_name, "fused" if device_type == "cuda" else "emulated"))
 
 
 def backends(format_name: str, device_type: str, dtype: torch.dtype) -> dict[str, str | None]:

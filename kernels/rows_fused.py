@@ -29,20 +29,23 @@ _ROW = 12288
 
 
 @torch.no_grad()
-def quantize_rows(x: Tensor, rule: str) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor, rule: str, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """x [*, K] (cast to bfloat16) -> codes int8 or float8_e4m3fn [*, K], scale float32 [*, 1]; of one of these rules.
 
     "int8 weight", "e4m3 weight"   scale = absmax / 127 (or 448), 1 for a zero row; code = round(x / scale)
     "int8 tokens"                  scale = absmax / 127; code = round(x · (127 / absmax)), ties to even
     "e4m3 tokens"                  scale = max(absmax / 448, 1 / (448 · 512)); code = round(x / scale)
 
-    Division is IEEE's. A row with NaN has scale NaN, one with inf has inf; no other row changes.
+    Division is IEEE's. A row with NaN has scale NaN, one with inf has inf; no other row changes. `out`: where codes and scale are
+    written, contiguous; made here where it is not given.
     """
     x = x.contiguous()
     k, rows = x.shape[-1], x[..., 0].numel()
     dtype = torch.int8 if rule.startswith("int8") else torch.float8_e4m3fn
-    codes = torch.empty(x.shape, dtype=dtype, device=x.device)
-    scale = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
+    if out is None:
+        out = x.new_empty(x.shape, dtype=dtype), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    codes, scale = out
+    assert codes.is_contiguous() and scale.is_contiguous() and codes.dtype == dtype
     if x.numel():
         # In three parts 768 or 12288 columns leave no lane idle and fewer registers empty.
         parts = 0 if k > _ROW else 3 if k <= 3 * triton.next_power_of_2(k) // 4 else 1

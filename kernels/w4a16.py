@@ -41,11 +41,25 @@ def quantize(weight: Tensor, group: int | None) -> Codes:
     return {"weight_packed": pack(codes.flatten(-2)), "weight_scale": scale.squeeze(-1)}
 
 
+def quantize_into(weight: Tensor, group: int | None, out: Codes) -> None:
+    """`quantize`, written into these parts."""
+    for part, values in quantize(weight, group).items():
+        out[part].copy_(values)
+
+
 def dequantize(codes: Codes, group: int | None, dtype: torch.dtype) -> Tensor:
     """Ŵ [*, N, K] = code · scale rounded to bfloat16, then cast to `dtype`."""
     values = unpack(codes["weight_packed"]).to(torch.bfloat16)
     n_groups = _groups(values.shape[-1], group)
     return (values.unflatten(-1, (n_groups, -1)) * codes["weight_scale"].unsqueeze(-1)).flatten(-2).to(dtype)
+
+
+def columns(codes: Codes, group: int | None, at: Tensor) -> Tensor:
+    """float32 [*, N, C]: the columns `at` int64 [C] of Ŵ, without the rest of it."""
+    packed, scale = codes["weight_packed"], codes["weight_scale"]
+    width = 32 // _PER_WORD
+    values = ((packed[..., at // _PER_WORD] >> (width * (at % _PER_WORD)).to(torch.int32)) & 15) - 8
+    return (values.to(torch.bfloat16) * scale[..., at // (_PER_WORD * packed.shape[-1] // scale.shape[-1])]).float()
 
 
 def pack(codes: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qarl.kernels import w4a16
 from qarl.kernels.w4a16 import Codes, _groups
 
 _TILE = 4096
@@ -26,14 +27,24 @@ _TILE = 4096
 def quantize(weight: Tensor, group: int | None = None) -> Codes:
     """weight [*, N, K] -> codes equal bit for bit to those of `w4a16.quantize`. Raises `ValueError` as it does."""
     n_groups = _groups(weight.shape[-1], group)
+    packed = weight.new_empty((*weight.shape[:-1], weight.shape[-1] // 8), dtype=torch.int32)
+    scale = weight.new_empty((*weight.shape[:-1], n_groups), dtype=torch.bfloat16)
+    codes = {"weight_packed": packed, "weight_scale": scale}
+    quantize_into(weight, group, codes)
+    return codes
+
+
+@torch.no_grad()
+def quantize_into(weight: Tensor, group: int | None, out: Codes) -> None:
+    """`quantize`, written into these parts, which are contiguous."""
+    _groups(weight.shape[-1], group)
+    packed, scale = out["weight_packed"], out["weight_scale"]
+    assert packed.is_contiguous() and scale.is_contiguous()
     w = weight.to(torch.bfloat16).contiguous()
-    packed = w.new_empty((*w.shape[:-1], w.shape[-1] // 8), dtype=torch.int32)
-    scale = w.new_empty((*w.shape[:-1], n_groups))
     if scale.numel():
         grid, blocks = _tiling(scale.numel(), group)
         with torch.cuda.device_of(w):
             _quantize_kernel[grid](w, packed, scale, scale.numel(), group, **blocks)
-    return {"weight_packed": packed, "weight_scale": scale}
 
 
 @torch.no_grad()
@@ -47,6 +58,11 @@ def dequantize(codes: Codes, group: int | None, dtype: torch.dtype) -> Tensor:
         with torch.cuda.device_of(w):
             _dequantize_kernel[grid](packed, scale, w, scale.numel(), group, **blocks)
     return w.to(dtype)
+
+
+def columns(codes: Codes, group: int | None, at: Tensor) -> Tensor:
+    """float32 [*, N, C]: the columns `at` int64 [C] of Ŵ, without the rest of it."""
+    return w4a16.columns(codes, group, at)
 
 
 @dataclass(frozen=True)

@@ -33,10 +33,21 @@ def quantize(weight: Tensor, group: int | None = None) -> Codes:
     return {"weight": _to_e4m3(w / scale), "weight_scale": scale}
 
 
+def quantize_into(weight: Tensor, group: int | None, out: Codes) -> None:
+    """`quantize`, written into these parts."""
+    for part, values in quantize(weight, group).items():
+        out[part].copy_(values)
+
+
 def dequantize(codes: Codes, group: int | None, dtype: torch.dtype) -> Tensor:
     """Ŵ [*, N, K] = code · scale in float32, rounded to `dtype`."""
     _no_group(group)
     return (codes["weight"].float() * codes["weight_scale"]).to(dtype)
+
+
+def columns(codes: Codes, group: int | None, at: Tensor) -> Tensor:
+    """float32 [*, N, C]: the columns `at` int64 [C] of Ŵ, without the rest of it."""
+    return codes["weight"][..., at].float() * codes["weight_scale"]
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qarl.kernels import w8a8_fp8
 from qarl.kernels.routing import clear_after
 from qarl.kernels.rows_fused import dequantize_rows, quantize_rows
 
@@ -36,6 +37,17 @@ def quantize(weight: Tensor, group: int | None = None) -> Codes:
     _no_group(group)
     codes, scale = quantize_rows(weight, "e4m3 weight")
     return {"weight": codes, "weight_scale": scale}
+
+
+def quantize_into(weight: Tensor, group: int | None, out: Codes) -> None:
+    """`quantize`, written into these parts, which are contiguous."""
+    _no_group(group)
+    quantize_rows(weight, "e4m3 weight", (out["weight"], out["weight_scale"]))
+
+
+def columns(codes: Codes, group: int | None, at: Tensor) -> Tensor:
+    """float32 [*, N, C]: the columns `at` int64 [C] of Ŵ, without the rest of it."""
+    return w8a8_fp8.columns(codes, group, at)
 
 
 def dequantize(codes: Codes, group: int | None, dtype: torch.dtype) -> Tensor:

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from qarl.kernels import w8a8_int8
 from qarl.kernels.rows_fused import dequantize_rows, quantize_rows
 
 Codes = dict[str, Tensor]
@@ -38,6 +39,17 @@ def quantize(weight: Tensor, group: int | None = None) -> Codes:
     _no_group(group)
     codes, scale = quantize_rows(weight, "int8 weight")
     return {"weight": codes, "weight_scale": scale}
+
+
+def quantize_into(weight: Tensor, group: int | None, out: Codes) -> None:
+    """`quantize`, written into these parts, which are contiguous."""
+    _no_group(group)
+    quantize_rows(weight, "int8 weight", (out["weight"], out["weight_scale"]))
+
+
+def columns(codes: Codes, group: int | None, at: Tensor) -> Tensor:
+    """float32 [*, N, C]: the columns `at` int64 [C] of Ŵ, without the rest of it."""
+    return w8a8_int8.columns(codes, group, at)
 
 
 def dequantize(codes: Codes, group: int | None, dtype: torch.dtype) -> Tensor:

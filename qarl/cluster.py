@@ -1,14 +1,15 @@
-"""Processes: the learner's ranks and the engines as Ray actors, and the handles the loop speaks to.
+"""The run's processes as the loop speaks to them: all ranks of the learner as one policy, all engines as one sampler.
 
 | worker  | consumes                         | produces               | waits for        |
 |---------|----------------------------------|------------------------|------------------|
 | learner | micro-batches, from the loop     | log-probs, statistics, | its fellow ranks |
-|         |                                  | `WeightUpdate`         |                  |
-| engine  | `WeightUpdate`, prompts, seeds   | completions            | nobody           |
+|         |                                  | published versions     |                  |
+| engine  | published versions, prompts,     | completions            | nobody           |
+|         | seeds                            |                        |                  |
 
-The loop calls them in turn, so colocated workers never compute at the same time. The loop holds references to a
-`WeightUpdate`, never its bytes. An engine that dies is started again, refilled to the current version, and asked again; a
-learner that dies ends the run, which `resume=auto` continues. `Cluster.open` owns start and stop of everything.
+The loop calls them in turn, so colocated workers never compute at the same time. The loop holds no weights: versions go from
+learner to engines by a bridge (`qarl.bridge`). An engine that dies is started again, refilled to the current version, and asked
+again; a learner that dies ends the run, which `resume=auto` continues. `Cluster.open` owns start and stop of everything.
 """
 
 from __future__ import annotations
@@ -23,81 +24,28 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError
 
 from qarl import formats
+from qarl.actors import get, reserve, spawn_engine, spawn_learner, with_header
+from qarl.batching import pack_to_score
+from qarl.bridge import Bridge, OverLines, ThroughHost, answers, carrier_of
 from qarl.config import RunConfig
 from qarl.errors import EngineError, LearnerError
-from qarl.records import Completion, MiniBatch, Prompt, RefillReport, Sampling, UpdateStats, WeightUpdate
+from qarl.records import (
+    Completion,
+    MiniBatch,
+    Prompt,
+    Published,
+    RefillReport,
+    Sampling,
+    Standing,
+    SyncRequest,
+    UpdateStats,
+)
 
 GRACE_S = 10.0
 """For the news that an actor died to arrive, when another already failed for want of it."""
-
-
-@dataclass(frozen=True)
-class Published:
-    """What the loop knows of a `WeightUpdate`; the update itself stays with Ray."""
-
-    version: int
-    contract_hash: str
-    n_bytes: int
-    seconds: dict[str, float]
-    update: Any
-    """Reference to the `WeightUpdate`."""
-
-
-@dataclass(frozen=True)
-class Standing:
-    """What a learner says of itself once it stands."""
-
-    contract_hash: str
-    coverage: str
-    arithmetic: str
-    """How it computes: the backend of its products, where `auto` was asked for, and whose the other ops are."""
-
-
-class _LearnerActor:
-    """One rank of the learner."""
-
-    def rendezvous(self) -> str:
-        """Where the ranks meet: this node, a free port."""
-        import socket
-
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return f"tcp://{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
-
-    def start(self, arguments: dict[str, Any]) -> Standing:
-        """Build the rank."""
-        from qarl.trainer.learner import Learner
-
-        learner = self._learner = Learner(**arguments)
-        coverage = formats.coverage(arguments["format"], learner.parameters())
-        return Standing(learner.contract_hash(), str(coverage), learner.aligned.describe())
-
-    def publish(self, version: int, n_tiles: int) -> tuple[dict[str, Any] | None, Any]:
-        update = self._learner.publish(version, n_tiles)
-        return (None, None) if update is None else _with_header(update)
-
-    def call(self, method: str, *arguments: Any) -> Any:
-        return getattr(self._learner, method)(*arguments)
-
-
-class _EngineActor:
-    """One engine."""
-
-    def start(self, arguments: dict[str, Any]) -> str:
-        """Build the engine; returns its contract hash."""
-        from qarl.rollout.engine import open_engine
-
-        self._engine = open_engine(**arguments)
-        return self._engine.contract_hash()
-
-    def refill(self, update: Any) -> RefillReport:
-        return self._engine.refill(update)
-
-    def call(self, method: str, *arguments: Any) -> Any:
-        return getattr(self._engine, method)(*arguments)
 
 
 class LearnerGroup:
@@ -107,7 +55,7 @@ class LearnerGroup:
         self.ranks = config.learner.ranks
         self.tokens = config.learner.tokens
         """Of a micro-batch, at most."""
-        self._ranks = [_spawn_learner(config) for _ in range(self.ranks)]
+        self._ranks = [spawn_learner(config, rank) for rank in range(self.ranks)]
         meeting = self._all([self._ranks[0].rendezvous.remote()])[0]
         arguments = {
             "config": config.learner,
@@ -142,11 +90,31 @@ class LearnerGroup:
             ]
         )[0]
 
-    def publish(self, version: int, n_tiles: int) -> Published:
-        """The policy in the sampler's format; every rank takes part in gathering it, rank 0 makes it."""
-        pairs = [a.publish.options(num_returns=2).remote(version, n_tiles) for a in self._ranks]
+    def publish(self, request: SyncRequest) -> tuple[Published, Any]:
+        """The policy in the sampler's format, and Ray's reference to it; every rank takes part in gathering, rank 0 makes it."""
+        pairs = [a.publish.options(num_returns=2).remote(request.version, request.n_tiles) for a in self._ranks]
         header = self._all([header for header, _ in pairs])[0]
-        return Published(**header, update=pairs[0][1])
+        return Published(**header, canaries=self.score(request.canaries, temperature=1.0)), pairs[0][1]
+
+    def hold_lines(self, carrier: str, engines: Sequence[Sequence[Any]]) -> None:
+        """Rank i from now on publishes to the i-th share of these engine actors, over lines of its own."""
+        ranks = self._ranks[: len(engines)]
+        doors = self._all([rank.open_door.remote() for rank in ranks])
+        calling = [e.call.remote("connect", door) for share, door in zip(engines, doors, strict=True) for e in share]
+        self._all([r.call.remote("answer", carrier, len(share)) for r, share in zip(ranks, engines, strict=True)])
+        get(calling)
+
+    def publish_to_lines(self, request: SyncRequest) -> Callable[[], Published]:
+        """Publish over all lines; what is returned waits until it is done."""
+        pairs = zip(self._ranks, request.canaries.ranks, strict=True)
+        arguments = ("publish_to_line", request.version, request.n_tiles)
+        publishing = [rank.call.remote(*arguments, canaries) for rank, canaries in pairs]
+
+        def wait() -> Published:
+            told = self._all(publishing)
+            return Published(request.version, self.standing.contract_hash, *told[0][:2], [scores for *_, scores in told])
+
+        return wait
 
     def save(self, folder: Path) -> None:
         self._all([a.call.remote("save", folder) for a in self._ranks])
@@ -163,7 +131,7 @@ class LearnerGroup:
         """Every rank's answer. Where one dies its fellows fail for want of it: it is the one that is named. Raises
         `LearnerError`."""
         try:
-            return _get(references)
+            return get(references)
         except Exception:
             ray.wait(references, num_returns=len(references), timeout=GRACE_S)
             for rank, reference in enumerate(references):
@@ -181,29 +149,28 @@ class LearnerGroup:
 class Sampler:
     """All engines as one sampler; each takes a contiguous share of the prompts."""
 
-    def __init__(self, config: RunConfig, model: str) -> None:
-        self._config = config
+    def __init__(self, config: RunConfig, model: str, bridge: Bridge) -> None:
+        self._config, self._bridge = config, bridge
         self._arguments = engine_arguments(config, model)
-        self._restarts = config.rollout.restarts
-        self._published: Published | None = None
-        self._engines = [_spawn_engine(config) for _ in range(config.rollout.replicas)]
-        self._starting = [self._start(e) for e in self._engines]
-        self.contract_hash = ""
+        self._request: SyncRequest | None = None
+        self._engines = [spawn_engine(config, index) for index in range(config.rollout.replicas)]
+        self._starting = [self._start(engine) for engine in self._engines]
         self.restarted = 0
         """Engines started again so far."""
 
     def wait(self) -> None:
-        """Until every engine stands."""
-        for index, starting in enumerate(self._starting):
-            try:
-                self.contract_hash = _get(starting)
-            except RayActorError as death:
-                self._replace(index, death)
+        """Until every engine stands, and has a line to the learner."""
+        self._replace_dead(answers(self._starting))
+        self._bridge.connect(self._engines)
 
-    def refill(self, published: Published) -> list[RefillReport]:
-        """Every engine takes the update and proves it. Raises `SyncError`."""
-        self._published = published
-        return self._ask(lambda engine, _: engine.refill.remote(published.update))
+    def refill(self, request: SyncRequest) -> tuple[Published, list[RefillReport]]:
+        """Every engine takes the learner's weights and proves them. Raises `SyncError`."""
+        self._request = request
+        while True:
+            published, reports = self._bridge.deliver(self._engines, request)
+            if not self._replace_dead(reports):
+                return published, reports
+            self._bridge.connect(self._engines)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> list[Completion]:
         """n completions a prompt, in the order of the prompts; `seeds`: int64 [prompts, n]."""
@@ -217,33 +184,36 @@ class Sampler:
         return self._ask(lambda engine, _: engine.call.remote("score", sequences, prompt_lengths))
 
     def _ask(self, call: Callable[[Any, int], Any]) -> list[Any]:
-        """`call(engine, index)` on every engine; one that dies is replaced, refilled, and asked again. Its first answer never
+        """`call(engine, index)` on every engine; those that die are replaced, refilled, and asked again. Their first answers never
         arrived, so nothing is counted twice."""
-        pending = [call(engine, i) for i, engine in enumerate(self._engines)]
-        answers = []
-        for i, reference in enumerate(pending):
-            while True:
-                try:
-                    answers.append(_get(reference))
-                    break
-                except RayActorError as death:
-                    self._replace(i, death)
-                    reference = call(self._engines[i], i)
-        return answers
+        found = answers([call(engine, i) for i, engine in enumerate(self._engines)])
+        while dead := self._replace_dead(found):
+            self._bridge.connect(self._engines)
+            if self._request:
+                self.refill(self._request)
+            for index, answer in zip(dead, answers([call(self._engines[i], i) for i in dead]), strict=True):
+                found[index] = answer
+        return found
 
-    def _replace(self, index: int, death: Exception) -> None:
-        if self.restarted >= self._restarts:
-            raise EngineError(
-                f"engine {index} died: {death}. It was started again {self.restarted} times already (rollout.restarts)"
-            ) from death
-        self.restarted += 1
-        self._engines[index] = engine = _spawn_engine(self._config)
-        try:
-            self.contract_hash = _get(self._start(engine))
-            if self._published is not None:
-                _get(engine.refill.remote(self._published.update))
-        except RayActorError as again:
-            self._replace(index, again)
+    def _replace_dead(self, found: Sequence[Any]) -> list[int]:
+        """Start engines again that died in the place of an answer; returns which."""
+        dead = {index: answer for index, answer in enumerate(found) if isinstance(answer, RayActorError)}
+        for index, death in dead.items():
+            self._replace(index, death)
+        return list(dead)
+
+    def _replace(self, index: int, death: RayActorError) -> None:
+        while True:
+            if self.restarted >= self._config.rollout.restarts:
+                raise EngineError(
+                    f"engine {index} died: {death}. It was started again {self.restarted} times already (rollout.restarts)"
+                ) from death
+            self.restarted += 1
+            engine = self._engines[index] = spawn_engine(self._config, index)
+            (answer,) = answers([self._start(engine)])
+            if not isinstance(answer, RayActorError):
+                return
+            death = answer
 
     def _start(self, engine: Any) -> Any:
         return engine.start.remote(self._arguments)
@@ -265,7 +235,9 @@ class Cluster:
             if config.placement.gpus and config.placement.mode == "colocate":
                 # vLLM measures the device's memory while it starts, and takes what others allocate meanwhile for its own.
                 learner.wait()
-            sampler = Sampler(config, model)
+            carrier = carrier_of(config)
+            bridge = ThroughHost(learner.publish) if carrier == "host" else OverLines(carrier, learner)
+            sampler = Sampler(config, model, bridge)
             learner.wait()
             sampler.wait()
             yield cls(learner, sampler)
@@ -274,12 +246,17 @@ class Cluster:
 @contextmanager
 def sampler_only(config: RunConfig, model: str) -> Iterator[Sampler]:
     """Engines without a learner, refilled once with the weights of the folder or hub model as they are."""
-    with ray_session(config):
-        sampler = Sampler(config, model)
+
+    def publish(request: SyncRequest) -> tuple[Published, Any]:
         publishing: Any = ray.remote(_publish_folder).options(num_cpus=0, num_returns=2).remote(config, model)
         header, update = publishing
+        return Published(**get(header), canaries=[]), update
+
+    with ray_session(config):
+        sampler = Sampler(config, model, ThroughHost(publish))
         sampler.wait()
-        sampler.refill(Published(**_get(header), update=update))
+        nobody, _ = pack_to_score([], 1, 1)
+        sampler.refill(SyncRequest(0, config.sync.tiles, nobody))
         yield sampler
 
 
@@ -287,22 +264,10 @@ def _publish_folder(config: RunConfig, model: str) -> tuple[dict[str, Any], Any]
     import torch
 
     from qarl.trainer.model import load_model
-    from qarl.trainer.publish import make_update
+    from qarl.trainer.publish import model_update
 
     policy = load_model(model, getattr(torch, config.model.dtype), config.model.revision)
-    return _with_header(
-        make_update(policy.named_parameters(), formats.get(config.rollout.format), 0, config.sync.tiles)
-    )
-
-
-def _with_header(update: WeightUpdate) -> tuple[dict[str, Any], WeightUpdate]:
-    header = {
-        "version": update.version,
-        "contract_hash": update.contract_hash,
-        "n_bytes": update.n_bytes,
-        "seconds": dict(update.seconds),
-    }
-    return header, update
+    return with_header(model_update(policy, formats.get(config.rollout.format), 0, config.sync.tiles))
 
 
 @contextmanager
@@ -315,6 +280,7 @@ def ray_session(config: RunConfig) -> Iterator[None]:
     here: dict[str, Any] = {} if address else {"num_gpus": config.placement.gpus, "include_dashboard": False}
     ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **here)
     try:
+        reserve(config)
         yield
     finally:
         ray.shutdown()
@@ -329,33 +295,3 @@ def engine_arguments(config: RunConfig, model: str) -> dict[str, Any]:
         "max_tokens": config.model.max_tokens,
         "tile_tolerance": config.sync.tile_tolerance,
     }
-
-
-def _spawn_learner(config: RunConfig) -> Any:
-    threads = config.learner.threads or max(1, (os.cpu_count() or 1) // config.learner.ranks)
-    return ray.remote(_LearnerActor).options(**_resources(config, 1, threads)).remote()
-
-
-def _spawn_engine(config: RunConfig) -> Any:
-    return (
-        ray.remote(_EngineActor)
-        .options(**_resources(config, config.rollout.tensor_parallel, os.cpu_count() or 1))
-        .remote()
-    )
-
-
-def _resources(config: RunConfig, gpus: int, threads: int) -> dict[str, Any]:
-    """Ray reserves no CPU: engine and learner take turns on all of them. Colocated, each holds half of a GPU."""
-    share = gpus * (0.5 if config.placement.mode == "colocate" else 1.0) if config.placement.gpus else 0
-    return {"num_cpus": 0, "num_gpus": share, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}}}
-
-
-def _get(references: Any) -> Any:
-    """`ray.get`, with an actor's own exception as it was raised there."""
-    try:
-        return ray.get(references)
-    except RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, Exception):
-            raise cause from error
-        raise

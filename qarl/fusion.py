@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from qarl.formats import Shape
+from qarl.formats import QuantFormat, Shape
 
 #: fused leaf -> the leaves it stacks, in this order along the output features
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -53,3 +53,14 @@ def fused_shapes(parameters: Mapping[str, Shape]) -> dict[str, Shape]:
         rows = sum(parameters[p][axis] for p in parts)
         shapes[name] = (*first[:axis], rows, *first[axis + 1 :])
     return shapes
+
+
+def module_of(fused: str) -> str:
+    """The engine's module that holds this tensor: experts hold w13 and w2, a linear layer its bias."""
+    path, _, leaf = fused.removesuffix(".bias").rpartition(".")
+    return path if f"experts.{leaf}" in EXPERTS.values() else fused.removesuffix(".bias")
+
+
+def covered_shapes(parameters: Mapping[str, Shape], format: QuantFormat) -> dict[str, Shape]:
+    """Fused name -> shape of what the format quantizes in a model of these parameters."""
+    return fused_shapes({name: shape for name, shape in parameters.items() if format.covers(name, shape)})

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -14,28 +13,21 @@ from qarl.mismatch import mismatch_statistics
 from qarl.objectives import combine, finalize
 from qarl.records import Sample, UpdateStats
 from qarl.rewards import Rewards
+from qarl.stages import Stages
 
 
-class Stopwatch:
+class Stopwatch(Stages):
     """Seconds by stage since the last lap. What a step spends after its lap (log, checkpoint) counts to the next."""
 
     def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
+        super().__init__()
         self._start = time.perf_counter()
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._seconds[stage] = self._seconds.get(stage, 0.0) + time.perf_counter() - start
 
     def lap(self) -> dict[str, float]:
         """`time/*` since the last lap; `other` is what no stage accounts for."""
         now = time.perf_counter()
-        step, seconds = now - self._start, self._seconds
-        self._start, self._seconds = now, {}
+        step, seconds = now - self._start, self.seconds
+        self._start, self.seconds = now, {}
         seconds["other"] = step - sum(seconds.values())
         return {f"time/{stage}_s": value for stage, value in seconds.items()} | {"time/step_s": step}
 

@@ -146,8 +146,6 @@ class WireTensor:
     dtype: str
     """torch's name: `bfloat16`, `int8`, …"""
     shape: tuple[int, ...]
-    checksum: int
-    """`kernels.checksum.checksum` of the tensor, computed where it was made."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +158,8 @@ class WeightUpdate:
     tensors: Mapping[str, Mapping[str, WireTensor]]
     """Fused name -> part -> tensor. Parts of a quantized tensor are named as compressed-tensors names them (`weight`,
     `weight_scale`; `weight_packed`, …); a tensor that is kept has the one part `weight` (a bias: `bias`)."""
+    checksums: Mapping[str, Mapping[str, int]]
+    """`kernels.checksum.checksum` of each part, computed where it was made."""
     tiles: tuple[Tile, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Stage -> seconds: `gather`, `quantize`, `pack`."""
@@ -177,7 +177,7 @@ class RefillReport:
     contract_hash: str
     """Computed by the engine from its own model."""
     seconds: Mapping[str, float]
-    """Stage -> seconds: `load`, `verify`. The transfer is what the loop waits beyond them."""
+    """Stage -> seconds of the engine: `wait` (for what is to be loaded), `load`, `verify`."""
     max_tile_error: float
     """Largest |served - published| over the tiles, in units of the tensor's largest |weight|."""
 
@@ -192,3 +192,38 @@ class UpdateStats:
     lr: float
     seconds: Mapping[str, float]
     """Stage -> seconds: `forward`, `backward`, `optimizer`."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What a learner says of itself once it stands."""
+
+    contract_hash: str
+    coverage: str
+    arithmetic: str
+    """How it computes: the backend of its products, where `auto` was asked for, and whose the other ops are."""
+
+
+@dataclass(frozen=True)
+class SyncRequest:
+    """What the loop asks for at a weight sync."""
+
+    version: int
+    n_tiles: int
+    """Quantized tensors of which columns are compared."""
+    canaries: MiniBatch
+    """Sequences that learner and engines score, to be compared."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """What the loop knows of a published version."""
+
+    version: int
+    contract_hash: str
+    n_bytes: int
+    """On the way to one engine."""
+    seconds: Mapping[str, float]
+    """Stage -> seconds of the learner: `gather`, `quantize`, `pack`; over lines `transfer`, for engines to let go of buffers."""
+    canaries: list[list[np.ndarray]]
+    """[rank][micro-batch] -> log-probs of the canaries' tokens at temperature 1, float32 [R], nats."""

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from qarl.batching import pack_to_score
+from qarl.batching import Order, pack_to_score
 from qarl.cluster import LearnerGroup, Sampler
 from qarl.config import RunConfig
 from qarl.errors import SyncError
-from qarl.records import Prompt
+from qarl.records import Prompt, Published, SyncRequest
 
 
 def sync(
@@ -19,42 +19,42 @@ def sync(
 ) -> dict[str, float]:
     """Bring every engine to the learner's weights, as `version`; returns the metrics `sync/*`.
 
-    Engines check checksums, contract and tiles as they refill; here the contract is compared across processes and the canary
-    is asked on both sides. Raises `SyncError`.
+    Engines check checksums, contract and tiles as they refill; here the contract is compared across processes and the canary,
+    which the learner scored as it published, is asked of the engines. Raises `SyncError`.
     """
-    published = learner.publish(version, config.sync.tiles)
+    sequences = [prompt.tokens for prompt in canaries if len(prompt.tokens) > 1]
+    batch, order = pack_to_score(sequences, learner.ranks, learner.tokens)
     start = time.perf_counter()
-    reports = sampler.refill(published)
+    published, reports = sampler.refill(SyncRequest(version, config.sync.tiles, batch))
     refilled = time.perf_counter()
     for report in reports:
         if report.contract_hash != published.contract_hash:
             raise SyncError(
                 f"version {version}: the engine's contract {report.contract_hash} is not the learner's {published.contract_hash}"
             )
-    gap = canary_gap(learner, sampler, canaries)
+    gap = canary_gap(sequences, order, published, sampler)
     if config.learner.backend != "none" and not gap <= config.sync.canary_tolerance:
         raise SyncError(
-            f"version {version}: on {len(canaries)} canaries engine and learner differ by {gap:.4g} nats a token, more than "
+            f"version {version}: on {len(sequences)} canaries engine and learner differ by {gap:.4g} nats a token, more than "
             f"sync.canary_tolerance = {config.sync.canary_tolerance}"
         )
     slowest = max(reports, key=lambda r: sum(r.seconds.values()))
     stages = {**published.seconds, **slowest.seconds}
-    stages["transfer"] = stages.get("transfer", 0.0) + max(refilled - start - sum(slowest.seconds.values()), 0.0)
+    stages.setdefault("transfer", max(refilled - start - sum(stages.values()), 0.0))  # through the host, one after the other
     stages["verify"] = stages.get("verify", 0.0) + time.perf_counter() - refilled
     return {
         **{f"sync/{stage}_s": seconds for stage, seconds in stages.items()},
+        "sync/total_s": time.perf_counter() - start,
         "sync/gb": published.n_bytes / 1e9,
         "sync/tile_error": max(report.max_tile_error for report in reports),
         "sync/canary": gap,
     }
 
 
-def canary_gap(learner: LearnerGroup, sampler: Sampler, canaries: Sequence[Prompt]) -> float:
+def canary_gap(sequences: Sequence[np.ndarray], order: Order, published: Published, sampler: Sampler) -> float:
     """Mean |difference| of the log-probs both sides give to the tokens of fixed prompts, nats; the worst engine's."""
-    sequences = [prompt.tokens for prompt in canaries if len(prompt.tokens) > 1]
     if not sequences:
         return 0.0
-    batch, order = pack_to_score(sequences, learner.ranks, learner.tokens)
-    mine = order.unpack(learner.score(batch, temperature=1.0))
+    mine = np.concatenate(order.unpack(published.canaries))
     served = sampler.score(sequences, [1] * len(sequences))
-    return max(float(np.abs(np.concatenate(mine) - np.concatenate(engine)).mean()) for engine in served)
+    return max(float(np.abs(mine - np.concatenate(engine)).mean()) for engine in served)

@@ -1,4 +1,4 @@
-"""Tensors as bytes and back, with the checksum that both sides compare.
+"""Tensors as bytes and back, and what a published tensor is without them.
 
 numpy has neither bfloat16 nor float8, so a tensor crosses a process border as its bytes (`records.WireTensor`). Receiving
 copies nothing: the tensor is a view of the bytes, which Ray maps read-only, so nobody may write to it.
@@ -7,20 +7,66 @@ copies nothing: the tensor is a view of the bytes, which Ray maps read-only, so 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from qarl.errors import SyncError
-from qarl.kernels.checksum import checksum
+from qarl.formats import QuantFormat, Shape
+from qarl.fusion import covered_shapes, fused_shapes
+from qarl.kernels.checksum import collect
+from qarl.kernels.dispatch import load
 from qarl.records import WireTensor
 
 
+@dataclass(frozen=True)
+class Spec:
+    """What a part of a tensor is, but for its values."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Spec:
+        return cls(tensor.dtype, tuple(tensor.shape))
+
+
+Specs = Mapping[str, Mapping[str, Spec]]
+"""Fused name -> part -> spec."""
+
+
+def published_specs(parameters: Mapping[str, Shape], format: QuantFormat, dtype: torch.dtype) -> dict[str, dict[str, Spec]]:
+    """What a model of these parameters publishes, in their order; tensors that the format keeps are of `dtype`."""
+    covered = covered_shapes(parameters, format)
+    specs: dict[str, dict[str, Spec]] = {}
+    for name, shape in fused_shapes(parameters).items():
+        if name in covered:
+            blank = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+            codes = load(format.name, "emulated").quantize(blank, format.group)
+            specs[name] = {part: Spec.of(code) for part, code in codes.items()}
+        else:
+            specs[name] = {"bias" if name.endswith(".bias") else "weight": Spec(dtype, shape)}
+    return specs
+
+
 def to_wire(tensor: Tensor) -> WireTensor:
-    """The tensor's bytes, dtype, shape and checksum. A view of the tensor's memory where that is on the CPU and contiguous."""
-    tensor = tensor.detach().contiguous()
-    data = tensor.cpu().reshape(-1).view(torch.uint8).numpy()
-    return WireTensor(data, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), checksum(tensor))
+    """The tensor's bytes, dtype and shape. A view of the tensor's memory where that is on the CPU and contiguous."""
+    data = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
+    return WireTensor(data, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+
+
+def spec_of(name: str, part: str, wire: WireTensor) -> Spec:
+    """Its spec. Raises `SyncError` for a dtype that torch does not have."""
+    dtype = getattr(torch, wire.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise SyncError(f"{name} ({part}) did not arrive whole: {wire.dtype!r} is not a torch dtype")
+    return Spec(dtype, tuple(wire.shape))
 
 
 def from_wire(wire: WireTensor) -> Tensor:
@@ -35,13 +81,7 @@ def from_wire(wire: WireTensor) -> Tensor:
         return torch.from_numpy(wire.data).view(dtype).reshape(wire.shape)
 
 
-def verify(name: str, part: str, wire: WireTensor) -> Tensor:
-    """The tensor, its checksum proved. Raises `SyncError` naming tensor and part."""
-    try:
-        tensor = from_wire(wire)
-    except ValueError as error:
-        raise SyncError(f"{name} ({part}) did not arrive whole: {error}") from error
-    found = checksum(tensor)
-    if found != wire.checksum:
-        raise SyncError(f"{name} ({part}) was changed on the way: checksum {found:#x}, published {wire.checksum:#x}")
-    return tensor
+def collect_named(sums: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, int]]:
+    """Pending checksums (`kernels.checksum`) of parts of tensors as numbers, in one transfer from the device."""
+    values = iter(collect([one for parts in sums.values() for one in parts.values()]))
+    return {name: {part: next(values) for part in parts} for name, parts in sums.items()}

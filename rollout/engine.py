@@ -6,20 +6,24 @@ thousand steps serve the same tokens. `refill` proves what it serves before it s
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import torch
 from transformers import AutoConfig
 
-from qarl import formats
+from qarl import carriers, formats
 from qarl.config import RolloutConfig
 from qarl.errors import ConfigError, EngineError, SyncError
+from qarl.kernels.checksum import pending
 from qarl.records import Completion, Prompt, RefillReport, Sampling, WeightUpdate
 from qarl.rollout import proof
+from qarl.stages import Stages
+from qarl.transfer import Address, Delivery, HostDelivery, Inlet, Tensors
+from qarl.wire import Specs, collect_named
 
 
 def open_engine(
@@ -49,18 +53,29 @@ class Engine(ABC):
             raise ConfigError(f"model.max_tokens: {max_tokens} is beyond the model's context of {context} tokens")
         self.max_tokens = max_tokens
         self.tile_tolerance = tile_tolerance
+        self.device = torch.device("cpu")
+        """Where published tensors are wanted."""
         self.version: int | None = None
         """Of the last good refill."""
+        self._inlet: Inlet | None = None
         self._refusal: str | None = "it was never refilled"
         """Why it would be wrong to generate now."""
 
     @abstractmethod
-    def _expected(self) -> Mapping[str, proof.Parts]:
-        """Every tensor this engine's own model wants, under its fused name, part by part."""
+    def _expected(self) -> Specs:
+        """Every tensor this engine's own model wants."""
 
     @abstractmethod
-    def _load(self, tensors: Mapping[str, Mapping[str, Any]]) -> None:
-        """Serve these from now on, and forget every cache of the old ones. `tensors`: as `_expected`, read-only views."""
+    def _load(self, tensors: Tensors) -> Tensors:
+        """Serve these from now on. `tensors`: as `_expected`, of whole modules, read-only views.
+
+        Returns, as they were published but read back from what is served, all parts of those tensors whose layout here can be
+        read back.
+        """
+
+    @abstractmethod
+    def _loaded(self) -> None:
+        """All tensors of a version were loaded: forget every cache of the old ones."""
 
     @abstractmethod
     def _served_columns(self, tensor: str, columns: np.ndarray) -> np.ndarray:
@@ -102,22 +117,61 @@ class Engine(ABC):
 
     def refill(self, update: WeightUpdate) -> RefillReport:
         """Serve the published weights, proved. Raises `SyncError`; then nothing is generated until a good refill."""
+        return self._receive(lambda: HostDelivery(update))
+
+    def connect(self, address: Address) -> None:
+        """Hold a line to a learner, which opens its door at the same time. A line from before is cut."""
+        if self._inlet:
+            self._inlet.close()
+        self._inlet = carriers.call(address, self.device)
+
+    def refill_from_line(self) -> RefillReport:
+        """`refill` with what comes over the line, as it comes. Raises `SyncError`, also where the learner dies meanwhile."""
+        if not self._inlet:
+            raise EngineError("the engine has no line to a learner")
+        return self._receive(self._inlet.begin)
+
+    def _receive(self, begin: Callable[[], Delivery]) -> RefillReport:
         self._refusal = "its last refill failed"
-        seconds = {}
-        start = time.perf_counter()
-        if self.version is not None and update.version < self.version:
-            raise SyncError(f"weights of version {update.version} are stale: version {self.version} is being served")
-        contract = self.contract_hash()
-        tensors = proof.checked(update, self._expected(), self.format, contract)
-        seconds["verify"] = time.perf_counter() - start
-        start = time.perf_counter()
-        self._load(tensors)
-        seconds["load"] = time.perf_counter() - start
-        start = time.perf_counter()
-        error = proof.worst_tile(update.tiles, self._served_columns, self.tile_tolerance)
-        seconds["verify"] += time.perf_counter() - start
-        self.version, self._refusal = update.version, None
-        return RefillReport(update.version, contract, seconds, error)
+        stages = Stages()
+        with stages("wait"):
+            delivery = begin()
+        try:
+            if self.version is not None and delivery.version < self.version:
+                raise SyncError(f"weights of version {delivery.version} are stale: version {self.version} is being served")
+            with stages("verify"):
+                contract = self.contract_hash()
+                proof.check_contract(delivery, self._expected(), self.format, contract)
+            held, read_back = self._load_all(delivery, stages)
+            manifest = delivery.manifest()
+        except BaseException:
+            delivery.abandon()
+            raise
+        with stages("verify"):
+            proof.check_sums(manifest.checksums, collect_named(held), read_back)
+            error = proof.worst_tile(manifest.tiles, self._served_columns, self.tile_tolerance)
+        self.version, self._refusal = delivery.version, None
+        return RefillReport(delivery.version, contract, stages.seconds, error)
+
+    def _load_all(self, delivery: Delivery, stages: Stages) -> tuple[Tensors, set[str]]:
+        """Pending checksums of every part as it is held now, and the names of the tensors that were read back for theirs."""
+        held: Tensors = {}
+        read_back: set[str] = set()
+        with closing(delivery.buckets()) as buckets:
+            while True:
+                with stages("wait"):
+                    tensors = next(buckets, None)
+                if tensors is None:
+                    break
+                with stages("load"):
+                    served = self._load(tensors)
+                with stages("verify"):
+                    read_back |= served.keys()
+                    for name, parts in (tensors | served).items():
+                        held[name] = {part: pending(values) for part, values in parts.items()}
+        with stages("load"):
+            self._loaded()
+        return held, read_back
 
     def _require_proved(self) -> None:
         if self._refusal:

@@ -1,57 +1,58 @@
 """The proof of a weight sync, the engine's half: what arrived is what was published, and what is served is what arrived.
 
-Three stages, each naming the tensor that fails: the contract (both sides mean the same grids and the same tensors), the
-bytes (names, shapes, dtypes, checksums), and, once loaded, a few dequantized columns read back through the live layers.
+Four stages, each naming the tensor that fails: the contract (both sides mean the same grids and the same tensors), names, shapes
+and dtypes, before anything is loaded; then checksums of every part as the engine holds it, and a few dequantized columns read
+back through the live layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from qarl import wire
 from qarl.errors import SyncError
 from qarl.formats import QuantFormat
-from qarl.records import Tile, WeightUpdate, WireTensor
+from qarl.records import Tile
+from qarl.transfer import Delivery
+from qarl.wire import Spec, Specs
 
 
-@dataclass(frozen=True)
-class Spec:
-    """What an engine's model wants of one part of a tensor."""
+def check_contract(delivery: Delivery, expected: Specs, format: QuantFormat, contract_hash: str) -> None:
+    """Raise `SyncError` unless what is coming is what the engine wants, by its name and by its shape.
 
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-
-Parts = Mapping[str, Spec]
-
-
-def checked(
-    update: WeightUpdate, expected: Mapping[str, Parts], format: QuantFormat, contract_hash: str
-) -> dict[str, dict[str, Tensor]]:
-    """The update's tensors as read-only views, each proved against its checksum and against what the engine wants.
-
-    Parts wider than they were published in are accepted (bfloat16 scales in a float32 engine: exact), narrower ones are
-    not. Raises `SyncError`.
+    Parts wider than they were published in are accepted (bfloat16 scales in a float32 engine: exact), narrower ones are not.
     """
-    if update.format != format.name or update.contract_hash != contract_hash:
+    if delivery.format != format.name or delivery.contract_hash != contract_hash:
         raise SyncError(
-            f"contract mismatch: published {update.format} with contract {update.contract_hash}, "
+            f"contract mismatch: published {delivery.format} with contract {delivery.contract_hash}, "
             f"the engine holds {format.name} with contract {contract_hash}"
         )
-    _same_names("tensors", expected, update.tensors)
+    _same_names("tensors", expected, delivery.specs)
     for name, parts in expected.items():
-        _same_names(f"parts of {name}", parts, update.tensors[name])
+        _same_names(f"parts of {name}", parts, delivery.specs[name])
         for part, spec in parts.items():
-            _fits(name, part, update.tensors[name][part], spec)
-    return {
-        name: {part: wire.verify(name, part, tensor) for part, tensor in parts.items()}
-        for name, parts in update.tensors.items()
-    }
+            _fits(name, part, delivery.specs[name][part], spec)
+
+
+def check_sums(
+    published: Mapping[str, Mapping[str, int]], held: Mapping[str, Mapping[str, int]], read_back: Iterable[str]
+) -> None:
+    """Raise `SyncError` naming the first part whose checksum is not the published one.
+
+    `held`: of every part as the engine holds it. `read_back`: names of tensors whose checksums are of what is served, not of what
+    arrived.
+    """
+    _same_names("tensors", published, held)
+    served = set(read_back)
+    for name, parts in published.items():
+        _same_names(f"parts of {name}", parts, held[name])
+        for part, expected in parts.items():
+            found = held[name][part]
+            if found != expected:
+                what = "is not served as it was published" if name in served else "was changed on the way"
+                raise SyncError(f"{name} ({part}) {what}: checksum {found:#x}, published {expected:#x}")
 
 
 def worst_tile(
@@ -82,15 +83,13 @@ def _same_names(what: str, expected: Iterable[str], given: Iterable[str]) -> Non
         raise SyncError(f"{what} differ: missing {missing}, unexpected {unexpected}")
 
 
-def _fits(name: str, part: str, tensor: WireTensor, spec: Spec) -> None:
-    if tuple(tensor.shape) != spec.shape:
-        raise SyncError(f"{name} ({part}) has shape {list(tensor.shape)}, the engine holds {list(spec.shape)}")
-    dtype = getattr(torch, tensor.dtype, None)
+def _fits(name: str, part: str, published: Spec, wanted: Spec) -> None:
+    if published.shape != wanted.shape:
+        raise SyncError(f"{name} ({part}) has shape {list(published.shape)}, the engine holds {list(wanted.shape)}")
     widens = (
-        isinstance(dtype, torch.dtype)
-        and dtype.is_floating_point
-        and spec.dtype.is_floating_point
-        and torch.promote_types(dtype, spec.dtype) == spec.dtype
+        published.dtype.is_floating_point
+        and wanted.dtype.is_floating_point
+        and torch.promote_types(published.dtype, wanted.dtype) == wanted.dtype
     )
-    if dtype != spec.dtype and not widens:
-        raise SyncError(f"{name} ({part}) is {tensor.dtype}, the engine holds {spec.dtype}")
+    if published.dtype != wanted.dtype and not widens:
+        raise SyncError(f"{name} ({part}) is {published.dtype}, the engine holds {wanted.dtype}")

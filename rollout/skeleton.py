@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qarl.formats import QuantFormat, Shape
-from qarl.fusion import engine_name, fuse, fused_shapes
+from qarl.fusion import covered_shapes, engine_name, fuse
 from qarl.kernels.dispatch import load
 from qarl.kernels.routing import collect, route, row_weights, spread
-from qarl.rollout.proof import Parts, Spec
+from qarl.wire import Specs, published_specs
 
 
 class Skeleton:
@@ -42,20 +42,12 @@ class Skeleton:
     @cached_property
     def covered(self) -> dict[str, Shape]:
         """Fused name -> shape of what the format quantizes."""
-        return fused_shapes({n: s for n, s in self._shapes.items() if self.format.covers(n, s)})
+        return covered_shapes(self._shapes, self.format)
 
     @cached_property
-    def expected(self) -> dict[str, Parts]:
+    def expected(self) -> Specs:
         """What the model wants of each fused tensor."""
-        wanted: dict[str, Parts] = {}
-        for name, shape in fused_shapes(self._shapes).items():
-            if name in self.covered:
-                blank = torch.empty(shape, dtype=torch.bfloat16, device="meta")
-                codes = load(self.format.name, "emulated").quantize(blank, self.format.group)
-                wanted[name] = {part: Spec(code.dtype, tuple(code.shape)) for part, code in codes.items()}
-            else:
-                wanted[name] = {"bias" if name.endswith(".bias") else "weight": Spec(self.dtype, shape)}
-        return wanted
+        return published_specs(self._shapes, self.format, self.dtype)
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:

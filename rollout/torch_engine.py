@@ -6,7 +6,7 @@ completion's seed and the token's position, so it depends on nothing else: not o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +16,11 @@ from transformers import DynamicCache
 
 from qarl.config import RolloutConfig
 from qarl.records import Completion, Prompt, Sampling
-from qarl.rollout import proof
 from qarl.rollout.engine import Engine
 from qarl.rollout.skeleton import Skeleton
 from qarl.rollout.text import Text
+from qarl.transfer import Tensors
+from qarl.wire import Specs
 
 
 class TorchEngine(Engine):
@@ -36,11 +37,14 @@ class TorchEngine(Engine):
     def contract_hash(self) -> str:
         return self.format.contract_hash(self._skeleton.covered)
 
-    def _expected(self) -> Mapping[str, proof.Parts]:
+    def _expected(self) -> Specs:
         return self._skeleton.expected
 
-    def _load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def _load(self, tensors: Tensors) -> Tensors:
         self._skeleton.load(tensors)
+        return {}  # held by transformers' parameters, not by what they are fused to
+
+    def _loaded(self) -> None: ...
 
     def _served_columns(self, tensor: str, columns: np.ndarray) -> np.ndarray:
         return self._skeleton.served_columns(tensor, torch.from_numpy(columns)).numpy()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,13 @@ import torch
 from qarl.config import RolloutConfig
 from qarl.errors import EngineError
 from qarl.records import Completion, Prompt, Sampling
-from qarl.rollout import patches, proof
+from qarl.rollout import patches
 from qarl.rollout.capability import require_format
 from qarl.rollout.engine import Engine
 from qarl.rollout.text import Text
 from qarl.rollout.vllm_settings import ENVIRONMENT, gpu_settings, quantization_override, register_here
+from qarl.transfer import Tensors
+from qarl.wire import Specs
 
 
 class VllmEngine(Engine):
@@ -46,7 +48,10 @@ class VllmEngine(Engine):
         self.text = Text(path)
         self._core = self._start(config, str(path), dtype)
         worker = self._core.engine_core.model_executor.driver_worker.worker
-        self._model = worker.model_runner.get_model()  # without the wrapper that replays graphs
+        from qarl.rollout.refill import Refill
+
+        self._refill = Refill(worker.model_runner.get_model())  # without the wrapper that replays graphs
+        self.device = worker.device
         self._n_requests = 0
 
     def _start(self, config: RolloutConfig, path: str, dtype: str) -> Any:
@@ -88,28 +93,32 @@ class VllmEngine(Engine):
         return core
 
     def contract_hash(self) -> str:
-        from qarl.rollout import refill
+        from qarl.rollout import slots
 
-        return refill.contract_hash(self._model, self.format)
+        return slots.contract_hash(self._refill.slots, self.format)
 
-    def _expected(self) -> Mapping[str, proof.Parts]:
-        from qarl.rollout import refill
+    def _expected(self) -> Specs:
+        from qarl.rollout import slots
 
-        return refill.expected(self._model)
+        return slots.expected(self._refill.slots)
 
-    def _load(self, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    def _load(self, tensors: Tensors) -> Tensors:
         from vllm.config import set_current_vllm_config
 
-        from qarl.rollout import refill
+        with set_current_vllm_config(self._core.engine_core.vllm_config):
+            return self._refill.load(tensors)
+
+    def _loaded(self) -> None:
+        from vllm.config import set_current_vllm_config
 
         with set_current_vllm_config(self._core.engine_core.vllm_config):
-            refill.load(self._model, tensors)
+            self._refill.loaded()
         self._forget()
 
     def _served_columns(self, tensor: str, columns: np.ndarray) -> np.ndarray:
-        from qarl.rollout import refill
+        from qarl.rollout import probe
 
-        return refill.served_columns(self._model, tensor, columns)
+        return probe.served_columns(self._refill.slots, tensor, columns)
 
     def _forget(self) -> None:
         """Drop cached prefixes: of other weights after a refill; of other calls before a batch, so that it repeats."""
@@ -218,7 +227,7 @@ class VllmEngine(Engine):
         and their graphs hold: close them together, or one before the next starts."""
         self._refusal = "it was closed"
         self._core.shutdown()
-        del self._core, self._model
+        del self._core, self._refill
         if torch.cuda.is_available():
             gc.collect()  # graphs, weights and KV cache hang in cycles; vLLM collected while we still held them
             torch._C._cuda_clearCublasWorkspaces()  # one for each stream it had, 32 MiB on Hopper

@@ -16,11 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from qarl import carriers
 from qarl.algorithm import Objective
 from qarl.config import LearnerConfig
 from qarl.errors import DivergenceError
 from qarl.formats import QuantFormat
-from qarl.fusion import fused_shapes
+from qarl.fusion import covered_shapes
 from qarl.objectives import SUMS, combine, surrogate
 from qarl.records import MicroBatch, UpdateStats, WeightUpdate
 from qarl.trainer.aligned import AlignedModel
@@ -28,8 +29,10 @@ from qarl.trainer.checkpoint import Shards, load_state, save_policy, save_state
 from qarl.trainer.model import load_model
 from qarl.trainer.optimizer import lr_at, make_optimizer
 from qarl.trainer.policy import FILLER, Policy, to_tensors
-from qarl.trainer.publish import make_update
+from qarl.trainer.publish import make_update, publish
 from qarl.trainer.ranks import deepspeed, engine_config, join
+from qarl.transfer import SLOTS, Address, Door, Outlet, PeerLost, Plan
+from qarl.wire import published_specs
 
 
 class Learner:
@@ -70,13 +73,15 @@ class Learner:
         )
         self.optimizer.register_step_pre_hook(self._before_weights_change)
         self._grad_norm = math.nan
+        self.dtype = getattr(torch, dtype)
+        self._outlet: Outlet | None = None
 
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape, as in the transformers model; tied parameters once."""
         return dict(self.shapes)
 
     def contract_hash(self) -> str:
-        return self.format.contract_hash(fused_shapes(self.aligned.covered))
+        return self.format.contract_hash(covered_shapes(self.shapes, self.format))
 
     def score(self, micro_batches: Sequence[MicroBatch], temperature: float | None = None) -> list[np.ndarray]:
         """Log-probs of each micro-batch's response tokens under the weights as they are: float32 [R], nats.
@@ -115,11 +120,56 @@ class Learner:
 
     def publish(self, version: int, n_tiles: int) -> WeightUpdate | None:
         """The policy as this learner computes with it, on rank 0; `None` on the others, which take part in gathering."""
+        gathered = self._gathered()
         if self.rank == 0:
-            return make_update(self._gathered(), self.format, version, n_tiles)
-        for _ in self._gathered():
-            pass
+            return make_update(gathered, self.shapes, self.format, version, self.device, self.dtype, n_tiles)
+        _exhaust(gathered)
         return None
+
+    def open_door(self, host: str) -> Address:
+        """Where engines may call, once `answer` waits for them. `host`: a name of this node that they can reach."""
+        self._door = Door(host)
+        return self._door.address
+
+    def answer(self, carrier: str, n_engines: int) -> int:
+        """Hold lines to engines, which call at the same time; returns the bytes of staging memory. Older lines are cut."""
+        self._hang_up()
+        plan = Plan.of(published_specs(self.shapes, self.format, self.dtype))
+        self._outlet = carriers.answer(self._door, carrier, n_engines, plan, self.device)
+        return SLOTS * plan.capacity
+
+    def publish_to_line(
+        self, version: int, n_tiles: int, canaries: Sequence[MicroBatch]
+    ) -> tuple[int, dict[str, float], list[np.ndarray]]:
+        """`publish` over this rank's lines, as the weights are gathered; a rank without lines takes part in gathering.
+
+        Returns bytes to each engine, seconds by stage, and the log-probs of the canaries at temperature 1, computed while engines
+        read on. Where an engine is gone the lines are cut: the engines that are left serve nothing until another version arrives.
+        """
+        gathered, outlet, lost, seconds = self._gathered(), self._outlet, False, dict[str, float]()
+        try:
+            if outlet:
+                outlet.begin(version, self.format.name, self.contract_hash())
+                manifest, seconds = publish(gathered, self.shapes, self.format, version, n_tiles, outlet)
+                outlet.announce(manifest)
+        except PeerLost:
+            lost = True
+        _exhaust(gathered)
+        scores = self.score(canaries, temperature=1.0)
+        try:
+            if outlet and not lost:
+                outlet.finish()
+                seconds["transfer"] = outlet.wait_s
+        except PeerLost:
+            lost = True
+        if lost:
+            self._hang_up()
+        return outlet.plan.n_bytes if outlet else 0, seconds, scores
+
+    def _hang_up(self) -> None:
+        if self._outlet:
+            self._outlet.close()
+        self._outlet = None
 
     def save(self, folder: Path) -> None:
         """Policy, masters, moments and counters into `folder`; rank 0 writes. See `trainer/checkpoint.py`."""
@@ -215,3 +265,9 @@ class Learner:
             gather = deepspeed.zero.GatheredParameters([parameter]) if self.config.zero == 3 else nullcontext()
             with gather:
                 yield name, parameter.data
+
+
+def _exhaust(gathered: Iterator[tuple[str, Tensor]]) -> None:
+    """Gathering is collective: each rank asks for every weight, whether it has a use for it or not."""
+    for _ in gathered:
+        pass

@@ -1,44 +1,57 @@
-"""Publish: the policy as the learner computes with it, in the engine's fused layout.
+"""Publish: the policy as the learner computes with it, in the engine's fused layout, into whatever takes it on.
 
-Scales belong to one output channel, or to a group of its inputs, so parts are quantized as they stream in and stacked as
-codes: the codes of q, k and v end to end are the codes of qkv. Only the codes of one fused tensor exist twice at a time.
+Scales belong to one output channel, or to a group of its inputs, so the codes of q, k and v are quantized one by one into their
+rows of qkv: the codes of the parts end to end are the codes of the stack. A weight is read once, where it lies, and what is
+written is final: room in a transfer's buffer (`qarl.transfer.Outlet`), or a tensor of its own (`HostRoom`).
 """
 
 from __future__ import annotations
 
 import time
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from qarl.formats import QuantFormat
-from qarl.fusion import FUSED, engine_name, fused_shapes
+from qarl.formats import QuantFormat, Shape
+from qarl.fusion import covered_shapes, engine_name, fuse
+from qarl.kernels.checksum import pending
 from qarl.kernels.dispatch import quantizer
 from qarl.records import Tile, WeightUpdate, WireTensor
-from qarl.wire import from_wire, to_wire
+from qarl.transfer import Manifest
+from qarl.wire import Specs, collect_named, published_specs, to_wire
 
 Codes = dict[str, Tensor]
 TILE_COLUMNS = 4
 
 
-def make_update(
+class Room(Protocol):
+    """What takes a policy on, tensor by tensor."""
+
+    def room(self, name: str) -> Codes:
+        """Where the parts of this fused tensor go."""
+
+    def done(self, name: str) -> None:
+        """They are all written, or queued to be."""
+
+
+def publish(
     parameters: Iterable[tuple[str, Tensor]],
+    shapes: Mapping[str, Shape],
     format: QuantFormat,
     version: int,
-    n_tiles: int = 0,
-) -> WeightUpdate:
-    """Codes, scales and kept tensors of every parameter, named as the engine names them.
+    n_tiles: int,
+    into: Room,
+) -> tuple[Manifest, dict[str, float]]:
+    """Write codes, scales and kept tensors of every parameter; returns their checksums and tiles, and seconds by stage.
 
-    `parameters`: (name in the transformers model, tensor), each read once and not kept, so that a generator may gather
-    a parameter and release it again. Tied embeddings are given once, under the embedding's name. Raises `ConfigError` where
-    a group does not divide.
+    `parameters`: (name in the transformers model, tensor) of every name in `shapes`, in its order; each is read once and not
+    kept, so that a generator may gather a parameter and release it again. Tied embeddings are given once, under the embedding's
+    name. On a GPU a stage's seconds are those of the host, which runs ahead. Raises `ConfigError` where a group does not divide,
+    and what `into` raises.
     """
-    seconds: dict[str, float] = defaultdict(float)
-    waiting: dict[str, dict[int, Codes]] = defaultdict(dict)  # fused name -> place in the stack -> parts
-    tensors: dict[str, dict[str, WireTensor]] = {}
-    covered: dict[str, tuple[int, ...]] = {}
+    seconds = dict.fromkeys(("gather", "quantize", "pack"), 0.0)
     clock = time.perf_counter()
 
     def lap(stage: str) -> None:
@@ -47,66 +60,108 @@ def make_update(
         seconds[stage] += now - clock
         clock = now
 
+    stacks = fuse(shapes)
+    left = {fused: len(stack) for fused, stack in stacks.items()}
+    first_row = {name: row for stack in stacks.values() for name, row in _first_rows(stack, shapes)}
+    covered = covered_shapes(shapes, format)
+    chosen = chosen_tiles(covered, version, n_tiles)
+    sums: dict[str, Codes] = {}
+    tiles: list[tuple[str, Tensor, Tensor]] = []
     for name, tensor in parameters:
         lap("gather")
-        fused, place = engine_name(name)
-        shape = tuple(tensor.shape)
-        if format.covers(name, shape):
-            format.check_shape(name, shape)
-            covered[name] = shape
-            waiting[fused][place] = quantizer(format.name, tensor.device.type).quantize(tensor.detach(), format.group)
-        else:
-            waiting[fused][place] = {_kept_part(name): tensor.detach().clone()}
+        format.check_shape(name, shapes[name])
+        fused, _ = engine_name(name)
+        room = into.room(fused)
+        write(name, tensor.detach(), room, first_row[name], format)
         lap("quantize")
-        if len(waiting[fused]) == _n_parts(fused):
-            tensors[fused] = {part: to_wire(values) for part, values in _stack(waiting.pop(fused)).items()}
+        left[fused] -= 1
+        if not left[fused]:
+            sums[fused] = {part: pending(values) for part, values in room.items()}
+            if fused in chosen:
+                tiles.append((fused, *tile_of(room, covered[fused], format, version)))
+            into.done(fused)
             lap("pack")
-    if waiting:
-        raise ValueError(f"parts of {sorted(waiting)} are missing: their parameters were not given")
-    shapes = fused_shapes(covered)
-    tiles = make_tiles(tensors, shapes, format, version, n_tiles)
+    if missing := sorted(set(stacks) - set(sums)):
+        raise ValueError(f"parts of {missing} are missing: their parameters were not given")
+    manifest = Manifest(
+        collect_named(sums), tuple(Tile(name, at.cpu().numpy(), values.cpu().numpy()) for name, at, values in tiles)
+    )
     lap("pack")
-    return WeightUpdate(version, format.name, format.contract_hash(shapes), tensors, tiles, dict(seconds))
+    return manifest, seconds
 
 
-def make_tiles(
-    tensors: dict[str, dict[str, WireTensor]],
-    shapes: dict[str, tuple[int, ...]],
+def write(name: str, weight: Tensor, room: Codes, row: int, format: QuantFormat) -> None:
+    """One parameter into its rows, from `row` on, of the fused tensor's parts."""
+    axis = max(weight.ndim - 2, 0)
+    mine = {part: values.narrow(axis, row, weight.shape[axis]) for part, values in room.items()}
+    if format.covers(name, tuple(weight.shape)):
+        quantizer(format.name, weight.device.type).quantize_into(weight, format.group, mine)
+    else:
+        (values,) = mine.values()
+        values.copy_(weight)
+
+
+def chosen_tiles(covered: Mapping[str, Shape], version: int, n_tiles: int) -> set[str]:
+    """Covered tensors to take tiles of: others each version, the same for the same version."""
+    names = sorted(covered)
+    return {names[(version * n_tiles + i) % len(names)] for i in range(min(n_tiles, len(names)))}
+
+
+def tile_of(codes: Codes, shape: Shape, format: QuantFormat, version: int) -> tuple[Tensor, Tensor]:
+    """int64 [C] and float32 [*, N, C]: a few columns, spread over the inputs, and the weights dequantized there."""
+    stride = shape[-1] // TILE_COLUMNS
+    device = next(iter(codes.values())).device
+    columns = torch.arange(TILE_COLUMNS, device=device) * stride + version % max(stride, 1)
+    return columns, quantizer(format.name, device.type).columns(codes, format.group, columns)
+
+
+class HostRoom:
+    """Tensors of their own, as bytes in host memory once they are written."""
+
+    def __init__(self, specs: Specs, device: torch.device) -> None:
+        self._specs, self._device = specs, device
+        self._open: dict[str, Codes] = {}
+        self.tensors: dict[str, dict[str, WireTensor]] = {}
+
+    def room(self, name: str) -> Codes:
+        if name not in self._open:
+            self._open[name] = {
+                part: torch.empty(spec.shape, dtype=spec.dtype, device=self._device)
+                for part, spec in self._specs[name].items()
+            }
+        return self._open[name]
+
+    def done(self, name: str) -> None:
+        self.tensors[name] = {part: to_wire(values) for part, values in self._open.pop(name).items()}
+
+
+def make_update(
+    parameters: Iterable[tuple[str, Tensor]],
+    shapes: Mapping[str, Shape],
     format: QuantFormat,
     version: int,
-    n_tiles: int,
-) -> tuple[Tile, ...]:
-    """A few dequantized columns of `n_tiles` covered tensors: others each version, the same for the same version."""
-    names = sorted(shapes)
-    chosen = [names[(version * n_tiles + i) % len(names)] for i in range(min(n_tiles, len(names)))]
-    tiles = []
-    for name in chosen:
-        codes = {part: from_wire(wire) for part, wire in tensors[name].items()}
-        weight = quantizer(format.name, "cpu").dequantize(codes, format.group, torch.float32)
-        n_features = weight.shape[-1]
-        columns = torch.arange(TILE_COLUMNS) * (n_features // TILE_COLUMNS) + version % max(
-            n_features // TILE_COLUMNS, 1
-        )
-        tiles.append(Tile(name, columns.numpy(), weight[..., columns].float().cpu().numpy()))
-    return tuple(tiles)
+    device: torch.device,
+    dtype: torch.dtype,
+    n_tiles: int = 0,
+) -> WeightUpdate:
+    """The policy in host memory; see `publish`. `device`: where parameters lie; `dtype`: theirs."""
+    host = HostRoom(published_specs(shapes, format, dtype), device)
+    manifest, seconds = publish(parameters, shapes, format, version, n_tiles, host)
+    contract = format.contract_hash(covered_shapes(shapes, format))
+    return WeightUpdate(version, format.name, contract, host.tensors, manifest.checksums, manifest.tiles, seconds)
 
 
-def _n_parts(fused: str) -> int:
-    """How many parameters the engine stacks into this tensor. `fused`: with its suffix, if any (`….qkv_proj.bias`)."""
-    leaf = fused.removesuffix(".bias").rpartition(".")[2]
-    return len(FUSED.get(leaf, ("itself",)))
+def model_update(model: nn.Module, format: QuantFormat, version: int, n_tiles: int = 0) -> WeightUpdate:
+    """`make_update` of a model whose weights are whole, of one dtype and on one device."""
+    weights = dict(model.named_parameters())
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    one = next(iter(weights.values()))
+    return make_update(weights.items(), shapes, format, version, one.device, one.dtype, n_tiles)
 
 
-def _kept_part(parameter: str) -> str:
-    return "bias" if parameter.endswith(".bias") else "weight"
-
-
-def _stack(parts: dict[int, Codes]) -> Codes:
-    """Parts end to end along the output features: the last dimension but one, or the only one of a bias."""
-    ordered = [parts[place] for place in sorted(parts)]
-    if len(ordered) == 1:
-        return ordered[0]
-    return {
-        name: torch.cat([codes[name] for codes in ordered], dim=-2 if ordered[0][name].ndim > 1 else 0)
-        for name in ordered[0]
-    }
+def _first_rows(stack: Iterable[str], shapes: Mapping[str, Shape]) -> Iterator[tuple[str, int]]:
+    """Where each parameter of a stack begins along the output features."""
+    row = 0
+    for name in stack:
+        yield name, row
+        row += shapes[name][max(len(shapes[name]) - 2, 0)]

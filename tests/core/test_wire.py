@@ -8,7 +8,11 @@ import pytest
 import torch
 
 from qarl.errors import SyncError
-from qarl.wire import from_wire, to_wire, verify
+from qarl.formats import get
+from qarl.kernels.dispatch import load
+from qarl.records import WeightUpdate
+from qarl.transfer import HostDelivery
+from qarl.wire import Spec, from_wire, published_specs, to_wire
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.int32)
 
@@ -18,7 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.
 def test_a_tensor_survives_the_trip_with_dtype_shape_and_bits(dtype: torch.dtype, shape: tuple[int, ...]):
     tensor = (torch.randn(shape) * 5).to(dtype)
     wire = pickle.loads(pickle.dumps(to_wire(tensor)))
-    back = verify("w", "weight", wire)
+    back = from_wire(wire)
     assert back.dtype == dtype and back.shape == tensor.shape
     assert torch.equal(back.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
 
@@ -35,16 +39,26 @@ def test_arriving_copies_nothing_even_from_read_only_memory(recwarn):
     assert not [w for w in recwarn if "writable" in str(w.message)]
 
 
-@pytest.mark.parametrize("bit", [0, 77, 8 * 4 * 6 - 1])
-def test_any_flipped_bit_is_found_and_named(bit: int):
-    wire = to_wire(torch.randn(2, 3))
-    data = wire.data.copy()
-    data[bit // 8] ^= 1 << bit % 8
-    with pytest.raises(SyncError, match=r"layer.7 \(weight_scale\) was changed on the way"):
-        verify("layer.7", "weight_scale", replace(wire, data=data))
-
-
 @pytest.mark.parametrize("broken", [{"data": np.zeros(23, np.uint8)}, {"dtype": "float31"}, {"shape": (7,)}])
 def test_bytes_that_do_not_fit_are_named(broken: dict):
+    tensors = {"w": {"weight": replace(to_wire(torch.randn(2, 3)), **broken)}}
     with pytest.raises(SyncError, match=r"w \(weight\) did not arrive whole"):
-        verify("w", "weight", replace(to_wire(torch.randn(2, 3)), **broken))
+        list(HostDelivery(WeightUpdate(0, "bf16", "", tensors, {"w": {"weight": 0}})).buckets())
+
+
+@pytest.mark.parametrize("name", ["bf16", "w8a8_int8", "w4a16_g32"])
+def test_what_a_model_publishes_is_known_before_it_is_quantized(name: str):
+    format = get(name)
+    shapes = {
+        "layer.q_proj.weight": (8, 64),
+        "layer.k_proj.weight": (4, 64),
+        "layer.v_proj.weight": (4, 64),
+        "layer.norm.weight": (64,),
+    }
+    weight = torch.randn(16, 64)
+    codes = load(name, "emulated").quantize(weight, format.group) if format.quantizes else {"weight": weight.half()}
+    expected = {part: Spec.of(code) for part, code in codes.items()}
+    assert published_specs(shapes, format, torch.float16) == {
+        "layer.qkv_proj": expected,
+        "layer.norm": {"weight": Spec(torch.float16, (64,))},
+    }

@@ -2,13 +2,14 @@
 
 from typing import Any
 
-from qarl import cluster
+from qarl import actors
 from qarl.cli import launch
+from qarl.records import Standing
 from qarl.train import train
 
 
-class PoisonedLearner(cluster._LearnerActor):
-    def start(self, arguments: dict[str, Any]) -> cluster.Standing:
+class PoisonedLearner(actors._LearnerActor):
+    def start(self, arguments: dict[str, Any]) -> Standing:
         standing = super().start(arguments)
         learner = self._learner
         some = next(learner.model.parameters())
@@ -17,5 +18,5 @@ class PoisonedLearner(cluster._LearnerActor):
 
 
 if __name__ == "__main__":
-    cluster._LearnerActor = PoisonedLearner  # type: ignore[misc]
+    actors._LearnerActor = PoisonedLearner  # type: ignore[misc]
     launch(train, "train")

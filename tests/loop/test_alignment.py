@@ -14,7 +14,7 @@ from qarl.trainer.aligned import AlignedModel
 from qarl.trainer.model import load_model
 from qarl.trainer.pocket import build_tokenizer
 from qarl.trainer.policy import Policy, to_tensors
-from qarl.trainer.publish import make_update
+from qarl.trainer.publish import model_update
 
 INT8 = get("w8a8_int8")
 
@@ -51,7 +51,7 @@ def test_engine_backend_gives_the_engines_logprobs_and_an_unaligned_learner_does
     engine = open_engine(RolloutConfig(format=INT8.name, eager=True, kv_cache_gb=0.1), deep, "float32", 256)
     rng = np.random.default_rng(0)
     sequences = [rng.integers(6, 100, n).astype(np.int32) for n in (2, 30, 129, 140)]
-    engine.refill(make_update(load_model(deep, torch.float32).named_parameters(), INT8, 0, 2))
+    engine.refill(model_update(load_model(deep, torch.float32), INT8, 0, 2))
     served = np.concatenate(engine.score(sequences, [1] * len(sequences)))
     gaps = {}
     for backend in ("none", "engine"):

@@ -18,10 +18,12 @@ import ray
 import torch
 
 from qarl import wire
+from qarl.batching import pack_to_score
+from qarl.bridge import ThroughHost
 from qarl.cluster import LearnerGroup, Sampler, ray_session
 from qarl.errors import EngineError, LearnerError
 from qarl.prepare import prepare
-from qarl.records import Completion, Sample, Sampling
+from qarl.records import Completion, Sample, Sampling, SyncRequest
 from qarl.samples import deal, score
 from qarl.seeds import completion_seeds
 
@@ -91,9 +93,14 @@ def _near(logprobs: np.ndarray | None) -> np.ndarray:
     return logprobs + np.float32(1e-4)
 
 
+def request(learner: LearnerGroup, version: int) -> SyncRequest:
+    nobody, _ = pack_to_score([], learner.ranks, learner.tokens)
+    return SyncRequest(version, 2, nobody)
+
+
 def weights(learner: LearnerGroup, version: int) -> dict[str, torch.Tensor]:
-    update = ray.get(learner.publish(version, 2).update)
-    return {name: wire.verify(name, "weight", parts["weight"]).clone() for name, parts in update.tensors.items()}
+    _, update = learner.publish(request(learner, version))
+    return {name: wire.from_wire(parts["weight"]).clone() for name, parts in ray.get(update).tensors.items()}
 
 
 def one_update(config, inputs, ranks: int, zero: int) -> tuple[LearnerGroup, dict[str, Any]]:
@@ -147,13 +154,13 @@ def test_two_ranks_of_zero_3_learn_as_one(single, config, inputs):
 def test_engines_that_die_are_replaced_and_change_nothing(single, config, inputs):
     """Two engines answer as one does; one that is killed while it generates is started again, refilled, and asked again, and
     the answers are those of an undisturbed run; after `rollout.restarts` of that, the run ends."""
-    published = single[0].publish(5, 2)
+    learner = single[0]
     sampling, prompts = Sampling(temperature=1.0, max_tokens=100), inputs.heldout[:4]
     seeds = completion_seeds(0, "test", 0, len(prompts), 2)
 
-    sampler = Sampler(replace(config, rollout=replace(config.rollout, replicas=2)), inputs.model)
+    sampler = Sampler(replace(config, rollout=replace(config.rollout, replicas=2)), inputs.model, ThroughHost(learner.publish))
     sampler.wait()
-    sampler.refill(published)
+    sampler.refill(request(learner, 5))
     said = sampler.generate(prompts, sampling, seeds)
     assert [(c.prompt, c.sample) for c in said] == [(p.id, i) for p in prompts for i in range(2)]
     assert all(c.version == 5 for c in said) and sampler.restarted == 0

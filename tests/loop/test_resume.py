@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from qarl import checkpoint, loop
-from qarl.cluster import Standing
+from qarl.records import Standing
 from qarl.errors import CheckpointError, DivergenceError
 from qarl.prepare import Inputs
 from qarl.prompts import PromptStream

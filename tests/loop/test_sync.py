@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from qarl import formats
-from qarl.cluster import Published, engine_arguments
+from qarl.cluster import engine_arguments
 from qarl.errors import EngineError, SyncError
 from qarl.prepare import prepare
-from qarl.records import Sampling
+from qarl.records import Published, Sampling
 from qarl.rollout.engine import open_engine
 from qarl.sync import sync
 from qarl.trainer.model import load_model
-from qarl.trainer.publish import make_update
+from qarl.trainer.publish import model_update
 
 
 class Learner:
@@ -26,32 +26,27 @@ class Learner:
     def __init__(self, model, engine, tamper=lambda update: update, error=0.0, header=None) -> None:
         self.model, self.engine, self.tamper, self.error, self.header = model, engine, tamper, error, header or {}
 
-    def publish(self, version: int, n_tiles: int) -> Published:
-        update = make_update(self.model.named_parameters(), formats.get("w8a8_int8"), version, n_tiles)
-        update = self.tamper(update)
-        header = {"contract_hash": update.contract_hash, "n_bytes": update.n_bytes, "seconds": update.seconds}
-        return Published(**{"version": version, **header, **self.header}, update=update)
-
-    def score(self, batch, temperature):
-        assert temperature == 1.0
-        (rank,) = batch.ranks
-        return [[np.concatenate(self._scores(m)) + np.float32(self.error) for m in rank]]
-
-    def _scores(self, micro):
-        return self.engine.score(np.split(micro.tokens, np.cumsum(micro.lengths)[:-1]), micro.prompt_lengths.tolist())
-
 
 class Sampler:
-    """All engines are the one in this process."""
+    """All engines are the one in this process, which is refilled before the learner scores with it."""
 
-    def __init__(self, engine) -> None:
-        self.engine = engine
+    def __init__(self, learner: Learner) -> None:
+        self.learner, self.engine = learner, learner.engine
 
-    def refill(self, published):
-        return [self.engine.refill(published.update)]
+    def refill(self, request):
+        learner = self.learner
+        update = learner.tamper(model_update(learner.model, formats.get("w8a8_int8"), request.version, request.n_tiles))
+        reports = [self.engine.refill(update)]
+        header = {"contract_hash": update.contract_hash, "n_bytes": update.n_bytes, "seconds": update.seconds}
+        (rank,) = request.canaries.ranks
+        canaries = [[np.concatenate(self._scores(m)) + np.float32(learner.error) for m in rank]]
+        return Published(**{"version": request.version, **header, **learner.header}, canaries=canaries), reports
 
     def score(self, sequences, prompt_lengths):
         return [self.engine.score(sequences, prompt_lengths)]
+
+    def _scores(self, micro):
+        return self.engine.score(np.split(micro.tokens, np.cumsum(micro.lengths)[:-1]), micro.prompt_lengths.tolist())
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +61,8 @@ def attempt(parts, version=0, backend="auto", **learner) -> dict[str, float]:
     config, inputs, model, engine = parts
     engine.version = None  # each attempt is a first one
     config = replace(config, learner=replace(config.learner, backend=backend))
-    return sync(config, Learner(model, engine, **learner), Sampler(engine), version, inputs.canaries)  # type: ignore[arg-type]
+    publisher = Learner(model, engine, **learner)
+    return sync(config, publisher, Sampler(publisher), version, inputs.canaries)  # type: ignore[arg-type]
 
 
 def test_a_good_sync_reports_its_proof_and_its_stages(parts):

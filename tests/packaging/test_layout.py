@@ -19,7 +19,7 @@ OWNED = {
     "deepspeed": lambda file: file.parts[0] == "trainer",
     "bitsandbytes": lambda file: file.parts[0] == "trainer",
     "wandb": lambda file: file == Path("qarl/metrics.py"),
-    "ray": lambda file: file == Path("qarl/cluster.py"),
+    "ray": lambda file: file in (Path("qarl/actors.py"), Path("qarl/bridge.py"), Path("qarl/cluster.py")),
     "hydra": lambda file: file == Path("qarl/cli.py"),
     "omegaconf": lambda file: file == Path("qarl/cli.py"),
 }

@@ -29,7 +29,7 @@ from qarl.kernels.dispatch import load
 from qarl.records import WeightUpdate
 from qarl.rollout.engine import Engine, open_engine
 from qarl.trainer.pocket import build_tokenizer
-from qarl.trainer.publish import make_update
+from qarl.trainer.publish import model_update
 
 CONTEXT = 256
 
@@ -109,7 +109,7 @@ def published() -> Callable[..., WeightUpdate]:
     """`published(model, "w8a8_int8", version=3)`: what a learner with that model publishes, every tensor with a tile."""
 
     def make(model: PreTrainedModel, format: str, version: int = 0, n_tiles: int = 64) -> WeightUpdate:
-        return make_update(model.named_parameters(), formats.get(format), version, n_tiles)
+        return model_update(model, formats.get(format), version, n_tiles)
 
     return make
 

@@ -12,12 +12,13 @@ from vllm.model_executor.model_loader.reload.layerwise import record_metadata_fo
 
 from qarl import formats
 from qarl.kernels.dispatch import quantizer
-from qarl.rollout import refill
+from qarl.rollout import probe, refill
+from qarl.rollout.slots import Slot, contract_hash, find_slots, is_transposed
 from qarl.rollout.vllm_engine import VllmEngine
 
 
 def _a_linear_layer(engine: VllmEngine) -> tuple[str, Any]:
-    return next((n, m) for n, m in engine._model.named_modules() if isinstance(m, LinearBase))
+    return next((n, m) for n, m in engine._refill.model.named_modules() if isinstance(m, LinearBase))
 
 
 def test_a_stand_in_is_processed_without_touching_the_layer(start, weights, published):
@@ -30,7 +31,7 @@ def test_a_stand_in_is_processed_without_touching_the_layer(start, weights, publ
     values = {n: p.detach().clone() for n, p in members.items()}
     kernel, scheme = layer.scheme.kernel, dict(vars(layer.scheme))
 
-    slot = refill.slots(engine._model)[name]
+    slot = engine._refill.slots[name]
     other = quantizer("w8a8_int8", "cpu").quantize(torch.randn(slot.shape("weight")))
     stand_in = refill._stand_in(layer)
     for part, values_of_part in other.items():
@@ -106,9 +107,9 @@ def _int4_experts() -> nn.Module:
 def test_int4_experts_are_refilled_in_place_and_probed_through_both_products():
     model: Any = _int4_experts()
     layer, format = model.experts.routed_experts, formats.get("w4a16_g32")
-    found = refill.slots(model)
+    found = find_slots(model)
     assert set(found) == {"experts.w13", "experts.w2", "norm"}
-    assert refill.contract_hash(model, format) == format.contract_hash(
+    assert contract_hash(found, format) == format.contract_hash(
         {"experts.w13": (E, 2 * M, H), "experts.w2": (E, H, M)}
     )
     addresses = {name: p.data_ptr() for name, p in layer.named_parameters()}
@@ -125,18 +126,18 @@ def test_int4_experts_are_refilled_in_place_and_probed_through_both_products():
         columns = np.array([0, 5, 9, 31])
         for name, parts in codes.items():
             expected = INT4.dequantize(parts, GROUP, torch.bfloat16)[..., columns].float().numpy()
-            np.testing.assert_array_equal(refill.served_columns(model, name, columns), expected)
+            np.testing.assert_array_equal(probe.served_columns(found, name, columns), expected)
 
 
 def test_int4_experts_are_published_with_outputs_first_though_vllm_holds_inputs_first():
     """vLLM marks such parameters; codes of eight inputs stay in one word, so the two differ by a transpose."""
     held = torch.nn.Parameter(torch.empty(3, 16, 32, dtype=torch.int32, device="meta"), requires_grad=False)
-    assert not refill._is_transposed(held)
+    assert not is_transposed(held)
     held.is_transposed = True  # type: ignore[attr-defined]
-    assert refill._is_transposed(held)
+    assert is_transposed(held)
     module = torch.nn.Module()
     module.w13_weight_packed = held
-    slot = refill.Slot("layers.0.mlp.experts.w13", module, {"weight_packed": "w13_weight_packed"})
+    slot = Slot("layers.0.mlp.experts.w13", module, {"weight_packed": "w13_weight_packed"})
     assert slot.shape("weight_packed") == (3, 32, 16)
     codes = quantizer("w4a16_g32", "cpu").quantize(torch.randn(3, 32, 128), formats.get("w4a16_g32").group)
     assert slot.shape("weight_packed") == tuple(codes["weight_packed"].shape)

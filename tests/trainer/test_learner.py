@@ -187,4 +187,4 @@ def test_aligned_learner_scores_otherwise_than_unaligned(scenarios, models):
 
 
 def checksums(update):
-    return {(name, part): wire.checksum for name, parts in update.tensors.items() for part, wire in parts.items()}
+    return {(name, part): value for name, parts in update.checksums.items() for part, value in parts.items()}

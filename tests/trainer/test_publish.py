@@ -7,8 +7,9 @@ import torch
 from qarl.errors import ConfigError
 from qarl.formats import get
 from qarl.kernels.dispatch import load
+from qarl.kernels.checksum import checksum
 from qarl.trainer.publish import TILE_COLUMNS, make_update
-from qarl.wire import from_wire, verify
+from qarl.wire import from_wire
 
 BLOCK = "model.layers.0"
 SHAPES = {
@@ -41,10 +42,14 @@ def streamed(weights):
         copy.fill_(float("nan"))
 
 
+def updated(weights, format, version, n_tiles=0):
+    return updated(weights, SHAPES, format, version, torch.device("cpu"), torch.float32, n_tiles)
+
+
 @pytest.mark.parametrize("name", ["w8a8_int8", "w8a8_fp8", "w4a16_g32"])
 def test_codes_of_fused_tensors_are_codes_of_the_stacked_weights(name):
     weights, format = parameters(), get(name)
-    update = make_update(streamed(weights), format, version=3)
+    update = updated(weights, format, version=3)
     stacked = torch.cat([weights[f"{BLOCK}.self_attn.{p}_proj.weight"] for p in "qkv"])
     expected = {QKV: stacked, f"{BLOCK}.mlp.experts.w13": weights[f"{BLOCK}.mlp.experts.gate_up_proj"]}
     for fused, weight in expected.items():
@@ -52,16 +57,14 @@ def test_codes_of_fused_tensors_are_codes_of_the_stacked_weights(name):
         published = update.tensors[fused]
         assert published.keys() == codes.keys()
         for part, values in codes.items():
-            assert torch.equal(verify(fused, part, published[part]).view(torch.uint8), values.view(torch.uint8)), (
-                fused,
-                part,
-            )
+            assert torch.equal(from_wire(published[part]).view(torch.uint8), values.view(torch.uint8)), (fused, part)
+            assert update.checksums[fused][part] == checksum(values)
     assert (update.version, update.format) == (3, name)
 
 
 def test_everything_else_is_published_as_it_is():
     weights = parameters()
-    update = make_update(streamed(weights), get("w8a8_int8"), version=0)
+    update = updated(weights, get("w8a8_int8"), version=0)
     for kept in ("model.embed_tokens", f"{BLOCK}.mlp.gate", f"{BLOCK}.input_layernorm"):
         assert torch.equal(from_wire(update.tensors[kept]["weight"]), weights[f"{kept}.weight"])
     biases = torch.cat([weights[f"{BLOCK}.self_attn.{p}_proj.bias"] for p in "qkv"])
@@ -71,7 +74,7 @@ def test_everything_else_is_published_as_it_is():
 
 def test_bf16_publishes_fused_weights():
     weights = parameters()
-    update = make_update(streamed(weights), get("bf16"), version=0, n_tiles=2)
+    update = updated(weights, get("bf16"), version=0, n_tiles=2)
     stacked = torch.cat([weights[f"{BLOCK}.self_attn.{p}_proj.weight"] for p in "qkv"])
     assert torch.equal(from_wire(update.tensors[QKV]["weight"]), stacked)
     assert update.tiles == ()
@@ -79,7 +82,7 @@ def test_bf16_publishes_fused_weights():
 
 def test_tiles_are_dequantized_columns_of_other_tensors_each_version():
     weights, format = parameters(), get("w4a16_g32")
-    updates = [make_update(streamed(weights), format, version, n_tiles=2) for version in range(4)]
+    updates = [updated(weights, format, version, n_tiles=2) for version in range(4)]
     for update in updates:
         assert len(update.tiles) == 2
         for tile in update.tiles:
@@ -97,20 +100,20 @@ def test_contract_is_that_of_the_fused_tensors():
     format = get("w8a8_int8")
     fused: dict[str, tuple[int, ...]] = {QKV: (64, 64), f"{BLOCK}.self_attn.o_proj": (64, 32)}
     fused |= {f"{BLOCK}.mlp.experts.w13": (4, 48, 64), f"{BLOCK}.mlp.experts.w2": (4, 64, 32)}
-    assert make_update(streamed(parameters()), format, 0).contract_hash == format.contract_hash(fused)
+    assert updated(parameters(), format, 0).contract_hash == format.contract_hash(fused)
 
 
 def test_a_missing_part_is_an_error():
     weights = parameters()
     del weights[f"{BLOCK}.self_attn.k_proj.weight"]
     with pytest.raises(ValueError, match="qkv_proj"):
-        make_update(streamed(weights), get("w8a8_int8"), 0)
+        updated(weights, get("w8a8_int8"), 0)
 
 
 def test_a_group_that_does_not_divide_is_refused():
     with pytest.raises(ConfigError, match="divisible by 128"):
-        make_update(streamed(parameters()), get("w4a16"), 0)
+        updated(parameters(), get("w4a16"), 0)
 
 
 def test_stages_are_timed():
-    assert set(make_update(streamed(parameters()), get("w8a8_int8"), 0).seconds) == {"gather", "quantize", "pack"}
+    assert set(updated(parameters(), get("w8a8_int8"), 0).seconds) == {"gather", "quantize", "pack"}

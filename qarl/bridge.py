@@ -1,0 +1,81 @@
+"""How a version gets from the learner to engines: through host memory, or over lines that the two hold to each other.
+
+    host        Ray's object store: one update, kept for an engine that is started again. On CPU.
+    ipc         engine i shares its GPU with learner rank i, and reads that rank's staging buffers in place
+    broadcast   engines on GPUs of their own: rank 0 gathers, quantizes and broadcasts, by NCCL
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ray.exceptions import RayActorError
+
+from qarl.actors import get
+from qarl.config import RunConfig
+from qarl.records import Published, RefillReport, SyncRequest
+
+Answer = RefillReport | RayActorError
+
+
+class Bridge(Protocol):
+    def connect(self, engines: Sequence[Any]) -> None:
+        """These actors are the engines from now on. Engines that are busy answer when they are done."""
+
+    def deliver(self, engines: Sequence[Any], request: SyncRequest) -> tuple[Published, list[Answer]]:
+        """Bring every engine to the learner's weights as they are, as that version; asked again, for the same request, where an
+        engine is missing. An engine that died has its death in the place of its report. Raises what an engine or a rank raises."""
+
+
+@dataclass
+class ThroughHost:
+    """See above."""
+
+    publish: Callable[[SyncRequest], tuple[Published, Any]]
+    """What is published, and Ray's reference to the `WeightUpdate`."""
+    _kept: tuple[SyncRequest, tuple[Published, Any]] | None = None
+
+    def connect(self, engines: Sequence[Any]) -> None: ...
+
+    def deliver(self, engines: Sequence[Any], request: SyncRequest) -> tuple[Published, list[Answer]]:
+        if self._kept is None or self._kept[0] is not request:
+            self._kept = request, self.publish(request)
+        _, (published, update) = self._kept
+        return published, answers([engine.refill.remote(update) for engine in engines])
+
+
+class OverLines:
+    """See above."""
+
+    def __init__(self, carrier: str, learner: Any) -> None:
+        """`learner`: a `cluster.LearnerGroup`."""
+        self._carrier, self._learner = carrier, learner
+
+    def connect(self, engines: Sequence[Any]) -> None:
+        shares = [[engine] for engine in engines] if self._carrier == "ipc" else [list(engines)]
+        self._learner.hold_lines(self._carrier, shares)
+
+    def deliver(self, engines: Sequence[Any], request: SyncRequest) -> tuple[Published, list[Answer]]:
+        publishing = self._learner.publish_to_lines(request)
+        reading = [engine.call.remote("refill_from_line") for engine in engines]
+        return publishing(), answers(reading)
+
+
+def carrier_of(config: RunConfig) -> str:
+    """How the placement asks versions to travel."""
+    if not config.placement.gpus or config.rollout.engine != "vllm":
+        return "host"
+    return "ipc" if config.placement.mode == "colocate" else "broadcast"
+
+
+def answers(references: Sequence[Any]) -> list[Any]:
+    """Each actor's answer, or its death."""
+    found: list[Any] = []
+    for reference in references:
+        try:
+            found.append(get(reference))
+        except RayActorError as death:
+            found.append(death)
+    return found

@@ -1,0 +1,98 @@
+"""How vLLM's kernels on a GPU keep what is published, written and read in place.
+
+Most keep a tensor as it is, or transposed; Marlin keeps int4 codes and their scales in an order of its own (kernels/marlin.py).
+A home knows the live storage, whose address CUDA graphs hold, so that a refill needs no copy beside it. What is known here is
+proved: an engine's first refill goes through vLLM's own processing, and is read back from the homes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+from qarl.kernels import marlin, marlin_fused
+from qarl.rollout.slots import Slot
+
+
+class Home(Protocol):
+    """One part of a published tensor in a running layer."""
+
+    def write(self, values: Tensor) -> None:
+        """`values`: as published."""
+
+    def read(self) -> Tensor:
+        """As published: a view of the live storage, or made for the occasion."""
+
+
+@dataclass(frozen=True)
+class Plain:
+    """As published, but for strides."""
+
+    live: Tensor
+
+    def write(self, values: Tensor) -> None:
+        self.live.copy_(values)
+
+    def read(self) -> Tensor:
+        return self.live
+
+
+@dataclass(frozen=True)
+class MarlinCodes:
+    live: Tensor
+    """int32 [*, K/16, 2N]."""
+
+    def write(self, values: Tensor) -> None:
+        marlin_fused.pack(values, out=self.live)
+
+    def read(self) -> Tensor:
+        return marlin_fused.unpack(self.live)
+
+
+@dataclass(frozen=True)
+class MarlinScales:
+    live: Tensor
+    """bfloat16 [*, K/group, N]."""
+
+    def write(self, values: Tensor) -> None:
+        marlin.pack_scales(values, out=self.live)
+
+    def read(self) -> Tensor:
+        return marlin.unpack_scales(self.live)
+
+
+def homes(slot: Slot) -> dict[str, Home] | None:
+    """Part -> home, once vLLM processed the layer; `None` where it keeps the tensor in a way not known here (padded for its
+    kernel, say)."""
+    found: dict[str, Home] = {}
+    for part, param in slot.params.items():
+        home = _home(slot, part, getattr(slot.module, param).data)
+        if home is None:
+            return None
+        found[part] = home
+    return found
+
+
+def _home(slot: Slot, part: str, live: Tensor) -> Home | None:
+    shape = slot.shape(part)
+    if isinstance(slot.module, VocabParallelEmbedding):
+        live = live[: shape[0]]
+    if _has_int4(slot.module):
+        if part == "weight_packed":
+            *experts, n, words = shape
+            return MarlinCodes(live) if tuple(live.shape) == (*experts, words // 2, 2 * n) else None
+        transposed = (*shape[:-2], shape[-1], shape[-2])
+        return MarlinScales(live) if part == "weight_scale" and tuple(live.shape) == transposed else None
+    if live.dtype != slot.raw(part).dtype:
+        return None
+    if tuple(live.shape) == shape:
+        return Plain(live)
+    return Plain(live.mT) if live.ndim > 1 and tuple(live.mT.shape) == shape else None
+
+
+def _has_int4(module: Any) -> bool:
+    return any(param is not None and param.dtype == torch.int32 for param in module._parameters.values())
