@@ -1,6 +1,11 @@
-"""A 64-bit checksum of a tensor's bytes, computed where it lies: learner and engine compare them at every sync."""
+"""A 64-bit checksum of a tensor's bytes, computed where it lies: learner and engine compare them at every sync.
+
+On CUDA one kernel reads the bytes once (`checksum_fused.py`); this is the definition, and what runs elsewhere.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -8,11 +13,11 @@ from torch import Tensor
 
 #: Words mixed at a time: on a CPU few enough to stay in its cache, elsewhere enough to fill the device.
 _CPU_CHUNK, _DEVICE_CHUNK = 1 << 14, 1 << 24
-_GOLDEN = 0x9E3779B97F4A7C15
+GOLDEN = 0x9E3779B97F4A7C15
+MULTIPLIERS = 0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53
 _LENGTH = 0xD6E8FEB86659FD93
 
 
-@torch.no_grad()
 def checksum(tensor: Tensor) -> int:
     """0 … 2^64-1, of the bytes in row-major order: the same on every device and for every stride.
 
@@ -21,19 +26,44 @@ def checksum(tensor: Tensor) -> int:
     about 2^64.
     Views of the same bytes in another dtype or shape agree: dtype and shape travel beside the checksum.
     """
+    return collect([pending(tensor)])[0]
+
+
+@torch.no_grad()
+def pending(tensor: Tensor) -> Tensor:
+    """The same as the int64 of equal bits, [] on the tensor's device: nothing waits for it before `collect`."""
+    words, n_bytes = words_of(tensor)
+    # Without the length, zero bytes at the end would not count.
+    total = torch.full((), _int64(n_bytes * _LENGTH), dtype=torch.int64, device=words.device)
+    if words.is_cuda:
+        from qarl.kernels import checksum_fused
+
+        return checksum_fused.add_words(words, total)
+    return _add_words(words, total)
+
+
+def collect(sums: Sequence[Tensor]) -> list[int]:
+    """Checksums, each 0 … 2^64-1, from what `pending` gave for tensors of one device: one transfer, one wait."""
+    return [value % (1 << 64) for value in torch.stack(list(sums)).tolist()] if sums else []
+
+
+def words_of(tensor: Tensor) -> tuple[Tensor, int]:
+    """The tensor's bytes as int64 [⌈bytes/8⌉], and their number. A view wherever such a view can be."""
     data = tensor.contiguous().reshape(-1).view(torch.uint8)
-    if len(data) % 8 or data.storage_offset() % 8:
-        data = F.pad(data, (0, -len(data) % 8))
-    words = data.view(torch.int64)
-    step = _CPU_CHUNK if tensor.device.type == "cpu" else _DEVICE_CHUNK
-    keys = torch.arange(min(step, len(words)), device=words.device) * _int64(_GOLDEN)
-    total = torch.zeros((), dtype=torch.int64, device=words.device)
+    n_bytes = len(data)
+    if n_bytes % 8 or data.storage_offset() % 8:
+        data = F.pad(data, (0, -n_bytes % 8))
+    return data.view(torch.int64), n_bytes
+
+
+def _add_words(words: Tensor, total: Tensor) -> Tensor:
+    """total int64 [] += Σ mix(word + key(position)), words int64 [n]."""
+    step = _CPU_CHUNK if words.device.type == "cpu" else _DEVICE_CHUNK
+    keys = torch.arange(min(step, len(words)), device=words.device) * _int64(GOLDEN)
     for start in range(0, len(words), step):
         chunk = words[start : start + step]
-        total += _mix(torch.add(chunk, keys[: len(chunk)]).add_(_int64(start * _GOLDEN))).sum()
-    # Without the length, zero bytes at the end would not count.
-    n_bytes = tensor.numel() * tensor.element_size()
-    return (int(total) + n_bytes * _LENGTH) % (1 << 64)
+        total += _mix(torch.add(chunk, keys[: len(chunk)]).add_(_int64(start * GOLDEN))).sum()
+    return total
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -42,7 +72,7 @@ def _mix(x: Tensor) -> Tensor:
     Multiplication carries a difference upwards only, the folds carry it down: without both, words that differ in their
     highest bit could be swapped unseen.
     """
-    for multiplier in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+    for multiplier in MULTIPLIERS:
         x.bitwise_xor_((x >> 33).bitwise_and_((1 << 31) - 1)).mul_(_int64(multiplier))
     return x
 

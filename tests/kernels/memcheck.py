@@ -8,6 +8,7 @@ import torch
 
 from qarl.kernels import (
     activation,
+    checksum,
     marlin_fused,
     norm_fused,
     routing,
@@ -35,6 +36,12 @@ def layouts() -> None:
     for shape in ((64, 2), (128, 38), (3, 192, 66)):
         codes = torch.randint(-(2**31), 2**31, shape, device="cuda", dtype=torch.int32)
         marlin_fused.unpack(marlin_fused.pack(codes))
+
+
+def checksums() -> None:
+    for n in (1, 8, 1001, 32_769, 70_008):
+        data = torch.randint(0, 256, (n,), device="cuda", dtype=torch.uint8)
+        checksum.collect([checksum.pending(data), checksum.pending(data[1:])])
 
 
 def products() -> None:
@@ -76,7 +83,7 @@ def log_probs() -> None:
 
 if __name__ == "__main__":
     assert torch.cuda.is_available(), "a GPU is what is checked"
-    for part in (weights_and_tokens, layouts, products, experts_and_norms, log_probs):
+    for part in (weights_and_tokens, layouts, checksums, products, experts_and_norms, log_probs):
         part()
         torch.cuda.synchronize()
         print(part.__name__, "done", flush=True)
