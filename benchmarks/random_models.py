@@ -59,14 +59,7 @@ NAMES = {"qwen3-8b-4l": (Qwen3Config, _DENSE), "qwen3-30b-a3b-4l": (Qwen3MoeConf
 def make_model(name: str, folder: Path, tiny: bool, seed: int = 0) -> None:
     """Write the model in bfloat16 with the pocket tokenizer, whose vocabulary is a part of the model's; whole or not at all."""
     tokenizer = build_tokenizer(CONTEXT)
-    special = {
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": None,
-    }
-    make_config, widths = NAMES[name]
-    narrow = {key: value for key, value in _TINY.items() if key in {**_COMMON, **widths}} if tiny else {}
-    config: PreTrainedConfig = make_config(**{**_COMMON, **widths, **narrow, **special})
+    config = config_of(name, tiny)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -78,6 +71,19 @@ def make_model(name: str, folder: Path, tiny: bool, seed: int = 0) -> None:
     model.save_pretrained(draft)
     tokenizer.save_pretrained(draft)
     draft.rename(folder)
+
+
+def config_of(name: str, tiny: bool) -> PreTrainedConfig:
+    """Of that model, narrow if `tiny`, with the special tokens of the pocket tokenizer."""
+    tokenizer = build_tokenizer(CONTEXT)
+    special = {
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+    }
+    make_config, widths = NAMES[name]
+    narrow = {key: value for key, value in _TINY.items() if key in {**_COMMON, **widths}} if tiny else {}
+    return make_config(**{**_COMMON, **widths, **narrow, **special})
 
 
 def fill(name: str, values: Tensor, generator: torch.Generator) -> None:

@@ -46,20 +46,18 @@ def unpack(packed: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def pack_scales(scales: Tensor, group: int | None, out: Tensor | None = None) -> Tensor:
+def pack_scales(scales: Tensor, out: Tensor | None = None) -> Tensor:
     """`weight_scale` bfloat16 [*, N, G] of groups along K -> [*, G, N], written to `out` if given. On every device.
 
     There are two orders (vLLM's `get_scale_perms`). Of several groups, position 8·i + j of each 64 columns holds column
     i + 8·j; of a single one, position 8·i + 2·j + l of each 32 holds column 2·i + 8·j + l. The number of scales says which
     applies, as it does in the engine once its experts are patched (`rollout/patches.py`, `_int4_experts`).
 
-    Raises `ValueError` unless 64 divides N, where no `group` is named for several, and for `out` as `pack` does.
+    Raises `ValueError` unless 64 divides N, and for `out` as `pack` does.
     """
     *experts, n, n_groups = scales.shape
-    if n % _OUTPUTS or (n_groups > 1 and not group):
-        raise ValueError(
-            f"Marlin's scales are of outputs in 64s, in groups of a known size; got {tuple(scales.shape)}, group {group}"
-        )
+    if n % _OUTPUTS:
+        raise ValueError(f"Marlin's scales are of outputs in 64s; got {n}")
     out = destination(out, scales, (*experts, n_groups, n))
     columns, order = _columns(n, n_groups)
     there = scales.reshape(*experts, *columns, n_groups)

@@ -1,8 +1,8 @@
 """How a version gets from the learner to engines: through host memory, or over lines that the two hold to each other.
 
-    host        Ray's object store: one update, kept for an engine that is started again. On CPU.
-    ipc         engine i shares its GPU with learner rank i, and reads that rank's staging buffers in place
-    broadcast   engines on GPUs of their own: rank 0 gathers, quantizes and broadcasts, by NCCL
+host        Ray's object store: one update, kept for an engine that is started again. On CPU.
+ipc         engine i shares its GPU with learner rank i, and reads that rank's staging buffers in place
+broadcast   engines on GPUs of their own: rank 0 gathers, quantizes and broadcasts, by NCCL
 """
 
 from __future__ import annotations

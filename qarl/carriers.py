@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
-from qarl.transfer import SLOTS, Address, Door, Inlet, Outlet, Plan, dial
+from qarl.transfer import SLOTS, Address, Door, Inlet, Outlet, PeerLost, Plan, dial
 
 _TIMEOUT = timedelta(minutes=5)
 """Of one broadcast; a peer that died is noticed by its connection long before."""
@@ -81,13 +81,13 @@ class Broadcast:
         return cls(_staging(capacity, device), _group(store, rank, world, device))
 
     def claim(self, slot: int) -> None:
-        self._sending[slot].wait()  # on a GPU: the stream waits, not the host
+        _wait(self._sending[slot])
 
     def push(self, slot: int, n_bytes: int) -> None:
         self._sending[slot] = self._broadcast(slot, n_bytes)
 
     def pull(self, slot: int, n_bytes: int) -> None:
-        self._broadcast(slot, n_bytes).wait()
+        _wait(self._broadcast(slot, n_bytes))
 
     def release(self, slot: int) -> None: ...  # NCCL starts a broadcast after what the stream was given before
 
@@ -98,13 +98,10 @@ class Broadcast:
     def _broadcast(self, slot: int, n_bytes: int) -> Any:
         options = dist.BroadcastOptions()
         options.rootRank = 0
-        try:
-            return self._group.broadcast([self.buffers[slot][:n_bytes]], options)
-        except RuntimeError as error:  # gloo's word for a peer that is gone
-            raise ConnectionError(str(error)) from error
+        return self._group.broadcast([self.buffers[slot][:n_bytes]], options)
 
 
-CARRIERS = {"ipc": SharedMemory, "broadcast": Broadcast}
+CARRIERS: dict[str, type[SharedMemory | Broadcast]] = {"ipc": SharedMemory, "broadcast": Broadcast}
 
 
 def answer(door: Door, kind: str, n: int, plan: Plan, device: torch.device) -> Outlet:
@@ -119,6 +116,14 @@ def call(address: Address, device: torch.device) -> Inlet:
     """An engine's end of a line to the learner at that address."""
     peer = dial(address)
     return Inlet(peer, CARRIERS[peer.recv()].accept(peer, device))
+
+
+def _wait(work: Any) -> None:
+    """On a GPU the stream waits, not the host."""
+    try:
+        work.wait()
+    except RuntimeError as error:  # gloo's word for a peer that is gone
+        raise PeerLost(str(error)) from error
 
 
 def _staging(capacity: int, device: torch.device) -> list[Tensor]:

@@ -112,7 +112,9 @@ class LearnerGroup:
 
         def wait() -> Published:
             told = self._all(publishing)
-            return Published(request.version, self.standing.contract_hash, *told[0][:2], [scores for *_, scores in told])
+            n_bytes, seconds, _ = told[0]
+            scores = [its for *_, its in told]
+            return Published(request.version, self.standing.contract_hash, n_bytes, seconds, scores)
 
         return wait
 
@@ -167,9 +169,9 @@ class Sampler:
         """Every engine takes the learner's weights and proves them. Raises `SyncError`."""
         self._request = request
         while True:
-            published, reports = self._bridge.deliver(self._engines, request)
-            if not self._replace_dead(reports):
-                return published, reports
+            published, found = self._bridge.deliver(self._engines, request)
+            if not self._replace_dead(found):
+                return published, [report for report in found if isinstance(report, RefillReport)]
             self._bridge.connect(self._engines)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> list[Completion]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
 class Stages:
     """`with stages("load"): …`"""
+
+    settle: Callable[[], None] | None = None
+    """Called at the end of every stage: where a benchmark wants a GPU's work in the stage that queued it."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -18,5 +21,7 @@ class Stages:
         start = time.perf_counter()
         try:
             yield
+            if Stages.settle:
+                Stages.settle()
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start

@@ -40,7 +40,9 @@ def sync(
         )
     slowest = max(reports, key=lambda r: sum(r.seconds.values()))
     stages = {**published.seconds, **slowest.seconds}
-    stages.setdefault("transfer", max(refilled - start - sum(stages.values()), 0.0))  # through the host, one after the other
+    stages.setdefault(
+        "transfer", max(refilled - start - sum(stages.values()), 0.0)
+    )  # through the host, one after the other
     stages["verify"] = stages.get("verify", 0.0) + time.perf_counter() - refilled
     return {
         **{f"sync/{stage}_s": seconds for stage, seconds in stages.items()},

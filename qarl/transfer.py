@@ -15,12 +15,11 @@ from __future__ import annotations
 import secrets
 import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from qarl.errors import SyncError
@@ -128,9 +127,12 @@ class Delivery(Protocol):
     version: int
     format: str
     contract_hash: str
-    specs: Specs
 
-    def buckets(self) -> Iterator[Tensors]:
+    @property
+    def specs(self) -> Specs:
+        """What it brings."""
+
+    def buckets(self) -> Generator[Tensors, None, None]:
         """Tensors to be read, never written, and not after the next bucket was asked for. Raises `SyncError`."""
 
     def manifest(self) -> Manifest:
@@ -151,7 +153,7 @@ class HostDelivery:
             for name, parts in update.tensors.items()
         }
 
-    def buckets(self) -> Iterator[Tensors]:
+    def buckets(self) -> Generator[Tensors, None, None]:
         yield {n: {p: _arrived(n, p, w) for p, w in parts.items()} for n, parts in self._update.tensors.items()}
 
     def manifest(self) -> Manifest:
@@ -162,7 +164,7 @@ class HostDelivery:
 
 
 class Carrier(Protocol):
-    """How the bytes of a bucket cross. Slots count up to `SLOTS`."""
+    """How the bytes of a bucket cross. Slots count up to `SLOTS`. Methods may raise `PeerLost`."""
 
     buffers: Sequence[Tensor]
     """uint8, one for each slot."""
@@ -214,10 +216,7 @@ class Outlet:
         self._done += 1
         if self._done == len(self._views):
             self._tell(self._bucket)
-            try:
-                self.carrier.push(self._bucket % SLOTS, self.plan.size(self._bucket))
-            except ConnectionError as gone:
-                raise PeerLost(str(gone)) from gone
+            self.carrier.push(self._bucket % SLOTS, self.plan.size(self._bucket))
 
     def announce(self, manifest: Manifest) -> None:
         """All of the version is on its way."""
@@ -264,7 +263,7 @@ class Inlet:
         self.version, self.format, self.contract_hash = self._hear("a version")
         return self
 
-    def buckets(self) -> Iterator[Tensors]:
+    def buckets(self) -> Generator[Tensors, None, None]:
         for bucket in range(len(self.plan.buckets)):
             told = self._hear(f"bucket {bucket} of version {self.version}")
             if told != bucket:
@@ -272,7 +271,7 @@ class Inlet:
             slot = bucket % SLOTS
             try:
                 self.carrier.pull(slot, self.plan.size(bucket))
-            except ConnectionError as gone:
+            except PeerLost as gone:
                 raise SyncError(f"version {self.version}: bucket {bucket} did not arrive: {gone}") from gone
             yield self.plan.views(bucket, self.carrier.buffers[slot])
             self.carrier.release(slot)

@@ -41,8 +41,15 @@ Specs = Mapping[str, Mapping[str, Spec]]
 """Fused name -> part -> spec."""
 
 
-def published_specs(parameters: Mapping[str, Shape], format: QuantFormat, dtype: torch.dtype) -> dict[str, dict[str, Spec]]:
-    """What a model of these parameters publishes, in their order; tensors that the format keeps are of `dtype`."""
+def published_specs(
+    parameters: Mapping[str, Shape], format: QuantFormat, dtype: torch.dtype
+) -> dict[str, dict[str, Spec]]:
+    """What a model of these parameters publishes, in their order; tensors that the format keeps are of `dtype`.
+
+    Raises `ConfigError` where a group does not divide.
+    """
+    for name, shape in parameters.items():
+        format.check_shape(name, shape)
     covered = covered_shapes(parameters, format)
     specs: dict[str, dict[str, Spec]] = {}
     for name, shape in fused_shapes(parameters).items():

@@ -138,7 +138,9 @@ class Engine(ABC):
             delivery = begin()
         try:
             if self.version is not None and delivery.version < self.version:
-                raise SyncError(f"weights of version {delivery.version} are stale: version {self.version} is being served")
+                raise SyncError(
+                    f"weights of version {delivery.version} are stale: version {self.version} is being served"
+                )
             with stages("verify"):
                 contract = self.contract_hash()
                 proof.check_contract(delivery, self._expected(), self.format, contract)

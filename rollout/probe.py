@@ -19,19 +19,20 @@ def served_columns(slots: Mapping[str, Slot], name: str, columns: np.ndarray) ->
     """float32 [..., N, C]: the columns of a quantized weight, by sending one-hot inputs through the live layer.
 
     A one-hot row quantizes without error (one code at the largest value), and whatever layout the kernel made of the
-    weights is what answers.
+    weights is what answers. It is -1 that is hot: on a CPU without VNNI oneDNN multiplies codes moved up by 128 and saturates
+    sums of two, which a 1 among zeros would make it do, and a -1 cannot.
     """
     slot = slots[name]
     module: Any = slot.module
     kept = next(other for other in slots.values() if not other.quantized)  # of the dtype of activations
     like: Any = getattr(kept.module, *kept.params.values())
     one_hot = torch.zeros(len(columns), slot.n_inputs, dtype=like.dtype, device=like.device)
-    one_hot.scatter_(1, torch.from_numpy(columns).to(like.device)[:, None], 1)
+    one_hot.scatter_(1, torch.from_numpy(columns).to(like.device)[:, None], -1)
     if isinstance(module, LinearBase):
         served = module.quant_method.apply(module, one_hot, None)
     else:
         served = _experts_apply(module, slot, one_hot)
-    return served.mT.float().cpu().numpy()
+    return -served.mT.float().cpu().numpy()
 
 
 def _experts_apply(module: Any, slot: Slot, one_hot: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ class Refill:
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.slots = model, find_slots(model)
+        self._on_gpu = any(parameter.is_cuda for parameter in model.parameters())
         self.homes: dict[str, dict[str, Home]] = {}
         """Fused name -> part -> home, of tensors that are written in place."""
         self._members: dict[nn.Module, list[Slot]] = {}
@@ -52,11 +53,13 @@ class Refill:
                         home.write(tensors[slot.name][part])
                 continue
             _reload(module, members, tensors)
-            found = {slot.name: homes(slot) for slot in members} if _on_gpu(module) else {}
+            found = {slot.name: homes(slot) for slot in members} if self._on_gpu else {}
             if found and all(found.values()):
                 self.homes |= {name: parts for name, parts in found.items() if parts}
         return {
-            name: {part: home.read() for part, home in self.homes[name].items()} for name in tensors if name in self.homes
+            name: {part: home.read() for part, home in self.homes[name].items()}
+            for name in tensors
+            if name in self.homes
         }
 
     @torch.no_grad()
@@ -72,10 +75,6 @@ def wait() -> None:
     """For a batch or a load still under way: vLLM has a stream of its own, which another thread would not use."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def _on_gpu(module: nn.Module) -> bool:
-    return all(parameter.is_cuda for parameter in module.parameters(recurse=False))
 
 
 def _reload(module: nn.Module, members: list[Slot], tensors: Tensors) -> None:

@@ -17,7 +17,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qw
 from qarl.errors import ConfigError
 from qarl.formats import QuantFormat
 from qarl.kernels.activation import silu_and_multiply
-from qarl.kernels.dispatch import choose, has_engine
+from qarl.kernels.dispatch import Codes, choose, has_engine
 from qarl.kernels.linear import Arithmetic, Prepared, aligned_experts, aligned_linear, plain_experts
 from qarl.kernels.routing import collect, route, row_weights, spread
 from qarl.trainer.chain import Router, follow_engine
@@ -90,6 +90,11 @@ class AlignedModel:
         if name not in self._prepared:
             self._prepared[name] = self._arithmetic.prepare(weight.detach())
         return self._prepared[name]
+
+    def codes(self, name: str, weight: Tensor) -> Codes | None:
+        """Of a covered weight as it is now, where they are kept."""
+        prepared = self._of(name, weight) if self.backend != "none" else None
+        return prepared.codes if prepared else None
 
     def linear(self, x: Tensor, name: str, weight: Tensor, bias: Tensor | None) -> Tensor:
         return aligned_linear(x, weight, bias, self._arithmetic, self._of(name, weight))

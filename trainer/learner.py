@@ -22,6 +22,7 @@ from qarl.config import LearnerConfig
 from qarl.errors import DivergenceError
 from qarl.formats import QuantFormat
 from qarl.fusion import covered_shapes
+from qarl.kernels.dispatch import Codes
 from qarl.objectives import SUMS, combine, surrogate
 from qarl.records import MicroBatch, UpdateStats, WeightUpdate
 from qarl.trainer.aligned import AlignedModel
@@ -122,7 +123,9 @@ class Learner:
         """The policy as this learner computes with it, on rank 0; `None` on the others, which take part in gathering."""
         gathered = self._gathered()
         if self.rank == 0:
-            return make_update(gathered, self.shapes, self.format, version, self.device, self.dtype, n_tiles)
+            return make_update(
+                gathered, self.shapes, self.format, version, self.device, self.dtype, n_tiles, self.aligned.codes
+            )
         _exhaust(gathered)
         return None
 
@@ -150,7 +153,9 @@ class Learner:
         try:
             if outlet:
                 outlet.begin(version, self.format.name, self.contract_hash())
-                manifest, seconds = publish(gathered, self.shapes, self.format, version, n_tiles, outlet)
+                manifest, seconds = publish(
+                    gathered, self.shapes, self.format, version, n_tiles, outlet, self._kept_codes
+                )
                 outlet.announce(manifest)
         except PeerLost:
             lost = True
@@ -165,6 +170,10 @@ class Learner:
         if lost:
             self._hang_up()
         return outlet.plan.n_bytes if outlet else 0, seconds, scores
+
+    def _kept_codes(self, name: str, weight: Tensor) -> Codes | None:
+        """Under ZeRO-3 weights are whole for a moment, and so are their codes."""
+        return None if self.config.zero == 3 else self.aligned.codes(name, weight)
 
     def _hang_up(self) -> None:
         if self._outlet:

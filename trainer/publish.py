@@ -1,14 +1,14 @@
 """Publish: the policy as the learner computes with it, in the engine's fused layout, into whatever takes it on.
 
 Scales belong to one output channel, or to a group of its inputs, so the codes of q, k and v are quantized one by one into their
-rows of qkv: the codes of the parts end to end are the codes of the stack. A weight is read once, where it lies, and what is
-written is final: room in a transfer's buffer (`qarl.transfer.Outlet`), or a tensor of its own (`HostRoom`).
+rows of qkv: the codes of the parts end to end are the codes of the stack. A learner that keeps codes for its forward publishes
+those very codes; else a weight is read once, where it lies. What is written is final: room in a transfer's buffer
+(`qarl.transfer.Outlet`), or a tensor of its own (`HostRoom`).
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -19,10 +19,13 @@ from qarl.fusion import covered_shapes, engine_name, fuse
 from qarl.kernels.checksum import pending
 from qarl.kernels.dispatch import quantizer
 from qarl.records import Tile, WeightUpdate, WireTensor
+from qarl.stages import Stages
 from qarl.transfer import Manifest
 from qarl.wire import Specs, collect_named, published_specs, to_wire
 
 Codes = dict[str, Tensor]
+KeptCodes = Callable[[str, Tensor], Codes | None]
+"""(name, weight) -> codes of the weight as it is, or `None` where they have to be made."""
 TILE_COLUMNS = 4
 
 
@@ -43,23 +46,15 @@ def publish(
     version: int,
     n_tiles: int,
     into: Room,
+    kept_codes: KeptCodes = lambda name, weight: None,
 ) -> tuple[Manifest, dict[str, float]]:
     """Write codes, scales and kept tensors of every parameter; returns their checksums and tiles, and seconds by stage.
 
-    `parameters`: (name in the transformers model, tensor) of every name in `shapes`, in its order; each is read once and not
-    kept, so that a generator may gather a parameter and release it again. Tied embeddings are given once, under the embedding's
-    name. On a GPU a stage's seconds are those of the host, which runs ahead. Raises `ConfigError` where a group does not divide,
-    and what `into` raises.
+    `parameters`: (name in the transformers model, tensor) of every name in `shapes`; each is read once and not kept, so that a
+    generator may gather a parameter and release it again. Tied embeddings are given once, under the embedding's name.
+    `kept_codes`: those that the learner computes with, where it keeps them. Raises what `into` raises.
     """
-    seconds = dict.fromkeys(("gather", "quantize", "pack"), 0.0)
-    clock = time.perf_counter()
-
-    def lap(stage: str) -> None:
-        nonlocal clock
-        now = time.perf_counter()
-        seconds[stage] += now - clock
-        clock = now
-
+    stages = Stages()
     stacks = fuse(shapes)
     left = {fused: len(stack) for fused, stack in stacks.items()}
     first_row = {name: row for stack in stacks.values() for name, row in _first_rows(stack, shapes)}
@@ -67,38 +62,44 @@ def publish(
     chosen = chosen_tiles(covered, version, n_tiles)
     sums: dict[str, Codes] = {}
     tiles: list[tuple[str, Tensor, Tensor]] = []
-    for name, tensor in parameters:
-        lap("gather")
-        format.check_shape(name, shapes[name])
+    stream = iter(parameters)
+    while True:
+        with stages("gather"):
+            name, tensor = next(stream, ("", None))
+        if tensor is None:
+            break
         fused, _ = engine_name(name)
         room = into.room(fused)
-        write(name, tensor.detach(), room, first_row[name], format)
-        lap("quantize")
+        with stages("quantize"):
+            write(name, tensor.detach(), room, first_row[name], format, kept_codes)
         left[fused] -= 1
         if not left[fused]:
-            sums[fused] = {part: pending(values) for part, values in room.items()}
-            if fused in chosen:
-                tiles.append((fused, *tile_of(room, covered[fused], format, version)))
+            with stages("pack"):
+                sums[fused] = {part: pending(values) for part, values in room.items()}
+                if fused in chosen:
+                    tiles.append((fused, *tile_of(room, covered[fused], format, version)))
             into.done(fused)
-            lap("pack")
     if missing := sorted(set(stacks) - set(sums)):
         raise ValueError(f"parts of {missing} are missing: their parameters were not given")
-    manifest = Manifest(
-        collect_named(sums), tuple(Tile(name, at.cpu().numpy(), values.cpu().numpy()) for name, at, values in tiles)
-    )
-    lap("pack")
-    return manifest, seconds
+    with stages("pack"):
+        manifest = Manifest(
+            collect_named(sums), tuple(Tile(n, at.cpu().numpy(), w.cpu().numpy()) for n, at, w in tiles)
+        )
+    return manifest, stages.seconds
 
 
-def write(name: str, weight: Tensor, room: Codes, row: int, format: QuantFormat) -> None:
+def write(name: str, weight: Tensor, room: Codes, row: int, format: QuantFormat, kept_codes: KeptCodes) -> None:
     """One parameter into its rows, from `row` on, of the fused tensor's parts."""
     axis = max(weight.ndim - 2, 0)
     mine = {part: values.narrow(axis, row, weight.shape[axis]) for part, values in room.items()}
-    if format.covers(name, tuple(weight.shape)):
-        quantizer(format.name, weight.device.type).quantize_into(weight, format.group, mine)
-    else:
+    if not format.covers(name, tuple(weight.shape)):
         (values,) = mine.values()
         values.copy_(weight)
+    elif codes := kept_codes(name, weight):
+        for part, values in mine.items():
+            values.copy_(codes[part])
+    else:
+        quantizer(format.name, weight.device.type).quantize_into(weight, format.group, mine)
 
 
 def chosen_tiles(covered: Mapping[str, Shape], version: int, n_tiles: int) -> set[str]:
@@ -143,10 +144,11 @@ def make_update(
     device: torch.device,
     dtype: torch.dtype,
     n_tiles: int = 0,
+    kept_codes: KeptCodes = lambda name, weight: None,
 ) -> WeightUpdate:
     """The policy in host memory; see `publish`. `device`: where parameters lie; `dtype`: theirs."""
     host = HostRoom(published_specs(shapes, format, dtype), device)
-    manifest, seconds = publish(parameters, shapes, format, version, n_tiles, host)
+    manifest, seconds = publish(parameters, shapes, format, version, n_tiles, host, kept_codes)
     contract = format.contract_hash(covered_shapes(shapes, format))
     return WeightUpdate(version, format.name, contract, host.tensors, manifest.checksums, manifest.tiles, seconds)
 

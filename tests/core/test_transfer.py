@@ -1,21 +1,21 @@
 """Versions over lines: everything arrives where it belongs, buffers are not overwritten early, and a side that dies is noticed."""
 
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 
 from qarl import carriers
 from qarl.errors import SyncError
-from qarl.formats import get
+from qarl.formats import Shape, get
 from qarl.fusion import module_of
 from qarl.transfer import SLOTS, Door, Inlet, Manifest, Outlet, PeerLost, Plan, dial
 from qarl.wire import Spec, published_specs
 
-SHAPES = {"model.embed_tokens.weight": (50, 64)}
+SHAPES: dict[str, Shape] = {"model.embed_tokens.weight": (50, 64)}
 for layer in range(5):
     block = f"model.layers.{layer}"
     SHAPES |= {
@@ -121,7 +121,7 @@ def test_versions_arrive_whole_at_every_engine_however_slow_it_reads(plan, line)
     outlet, inlets = line(plan, 2)
     assert all(inlet.plan == plan for inlet in inlets)
     for version in range(3):
-        reading = [in_thread(lambda i=i, v=version: read(inlets[i], v, pause=0.01 * i)) for i in range(2)]
+        reading = [in_thread(partial(read, inlet, version, pause=0.01 * i)) for i, inlet in enumerate(inlets)]
         fill(outlet, version)
         assert [one.result(20) for one in reading] == [len(plan.specs)] * 2
 
@@ -152,9 +152,9 @@ def test_an_engine_that_dies_half_way_is_noticed(plan, line):
 def test_a_bucket_left_out_is_noticed(plan, line):
     outlet, (inlet,) = line(plan)
     reading = in_thread(lambda: read(inlet, 0))
-    told, outlet._tell = outlet._tell, lambda message: None if message == 1 else told(message)  # type: ignore[method-assign]
-    outlet._await_release = lambda: None  # type: ignore[method-assign]
-    threading.Thread(target=fill, args=(outlet, 0), daemon=True).start()
+    told, outlet._tell = outlet._tell, lambda message: None if message == 1 else told(message)
+    outlet._await_release = lambda: None
+    in_thread(lambda: fill(outlet, 0))  # ends as it may, once the line is cut
     with pytest.raises(SyncError, match="bucket 2 came in place of bucket 1"):
         reading.result(20)
 

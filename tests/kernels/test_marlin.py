@@ -136,7 +136,7 @@ def test_the_inverse_kernel_writes_nothing_beyond_its_output(device: str) -> Non
 @pytest.mark.parametrize("n_groups", [1, 2, 7, 16])
 def test_scales_are_in_vllms_order(n: int, n_groups: int, device: str) -> None:
     scales = torch.randn(n, n_groups).bfloat16()
-    packed = marlin.pack_scales(scales.to(device), 128)
+    packed = marlin.pack_scales(scales.to(device))
     assert packed.is_contiguous() and torch.equal(packed.cpu(), vllms_scales(scales, 128))
     assert torch.equal(marlin.unpack_scales(packed).cpu(), scales)
 
@@ -145,34 +145,27 @@ def test_scales_are_in_vllms_order(n: int, n_groups: int, device: str) -> None:
 def test_scales_of_experts(n_groups: int, device: str) -> None:
     scales = torch.randn(5, 128, n_groups, device=device).bfloat16()
     buffer = torch.full((7, n_groups, 128), 77.0, device=device).bfloat16()
-    packed = marlin.pack_scales(scales, 32, out=buffer[1:-1])
+    packed = marlin.pack_scales(scales, out=buffer[1:-1])
     assert packed.data_ptr() == buffer[1].data_ptr() and (buffer[0] == 77).all() and (buffer[-1] == 77).all()
     for one, its in zip(scales, packed, strict=True):
         assert torch.equal(its.cpu(), vllms_scales(one.cpu(), 32))
     assert torch.equal(marlin.unpack_scales(packed), scales)
     strided = scales.transpose(0, 1).contiguous().transpose(0, 1)
-    assert torch.equal(marlin.pack_scales(strided, 32), packed)
-
-
-def test_a_single_scale_a_row_needs_no_group_and_several_do() -> None:
-    scales = torch.randn(64, 2).bfloat16()
-    assert torch.equal(marlin.pack_scales(scales[:, :1], None), marlin.pack_scales(scales[:, :1], 4096))
-    with pytest.raises(ValueError, match="group None"):
-        marlin.pack_scales(scales, None)
+    assert torch.equal(marlin.pack_scales(strided), packed)
 
 
 def test_scales_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="in 64s"):
-        marlin.pack_scales(torch.ones(96, 2).bfloat16(), 32)
+        marlin.pack_scales(torch.ones(96, 2).bfloat16())
     with pytest.raises(ValueError, match="in 64s"):
         marlin.unpack_scales(torch.ones(1, 32).bfloat16())
     with pytest.raises(ValueError, match="`out` is to be contiguous"):
-        marlin.pack_scales(torch.ones(64, 2).bfloat16(), 32, out=torch.ones(64, 2).bfloat16())
+        marlin.pack_scales(torch.ones(64, 2).bfloat16(), out=torch.ones(64, 2).bfloat16())
 
 
 @pytest.mark.parametrize("shape", [(0, 64, 3), (0, 64, 1), (2, 0, 3), (64, 0)])
 def test_no_scales(shape: tuple[int, ...]) -> None:
-    packed = marlin.pack_scales(torch.ones(shape).bfloat16(), 32)
+    packed = marlin.pack_scales(torch.ones(shape).bfloat16())
     assert packed.shape == (*shape[:-2], shape[-1], shape[-2])
     assert marlin.unpack_scales(packed).shape == shape
 

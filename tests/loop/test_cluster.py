@@ -158,7 +158,9 @@ def test_engines_that_die_are_replaced_and_change_nothing(single, config, inputs
     sampling, prompts = Sampling(temperature=1.0, max_tokens=100), inputs.heldout[:4]
     seeds = completion_seeds(0, "test", 0, len(prompts), 2)
 
-    sampler = Sampler(replace(config, rollout=replace(config.rollout, replicas=2)), inputs.model, ThroughHost(learner.publish))
+    sampler = Sampler(
+        replace(config, rollout=replace(config.rollout, replicas=2)), inputs.model, ThroughHost(learner.publish)
+    )
     sampler.wait()
     sampler.refill(request(learner, 5))
     said = sampler.generate(prompts, sampling, seeds)

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 
 from qarl import checkpoint, loop
-from qarl.records import Standing
 from qarl.errors import CheckpointError, DivergenceError
 from qarl.prepare import Inputs
 from qarl.prompts import PromptStream
-from qarl.records import Prompt
+from qarl.records import Prompt, Standing
 from qarl.rundir import open_run
 
 

@@ -58,7 +58,7 @@ class Rig:
     def addresses(self) -> dict[str, int]:
         """Of every tensor the layers and their kernel objects hold: all that a CUDA graph may read."""
         found = {}
-        for path, module in self.engine._model.named_modules():
+        for path, module in self.engine._refill.model.named_modules():
             method = getattr(module, "quant_method", None)
             experts = getattr(getattr(method, "moe_kernel", None), "fused_experts", None)
             kernel = getattr(getattr(module, "scheme", None), "kernel", None)

@@ -109,9 +109,7 @@ def test_int4_experts_are_refilled_in_place_and_probed_through_both_products():
     layer, format = model.experts.routed_experts, formats.get("w4a16_g32")
     found = find_slots(model)
     assert set(found) == {"experts.w13", "experts.w2", "norm"}
-    assert contract_hash(found, format) == format.contract_hash(
-        {"experts.w13": (E, 2 * M, H), "experts.w2": (E, H, M)}
-    )
+    assert contract_hash(found, format) == format.contract_hash({"experts.w13": (E, 2 * M, H), "experts.w2": (E, H, M)})
     addresses = {name: p.data_ptr() for name, p in layer.named_parameters()}
     kernel = layer.quant_method.moe_kernel
     for seed in (0, 1):

@@ -6,8 +6,8 @@ import torch
 
 from qarl.errors import ConfigError
 from qarl.formats import get
-from qarl.kernels.dispatch import load
 from qarl.kernels.checksum import checksum
+from qarl.kernels.dispatch import load
 from qarl.trainer.publish import TILE_COLUMNS, make_update
 from qarl.wire import from_wire
 
@@ -43,7 +43,7 @@ def streamed(weights):
 
 
 def updated(weights, format, version, n_tiles=0):
-    return updated(weights, SHAPES, format, version, torch.device("cpu"), torch.float32, n_tiles)
+    return make_update(streamed(weights), SHAPES, format, version, torch.device("cpu"), torch.float32, n_tiles)
 
 
 @pytest.mark.parametrize("name", ["w8a8_int8", "w8a8_fp8", "w4a16_g32"])

@@ -1,0 +1,134 @@
+"""The engine of `benchmarks.refill`, in a process of its own: does what it is asked over a pipe, until that closes."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from typing import Any
+
+MAX_SEQUENCES = 8
+MAX_TOKENS = 256
+
+
+def serve(pipe: Connection, folder: str, format: str, gpu: int) -> None:
+    if gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    asked = None
+    try:
+        start = time.perf_counter()
+        engine = Served(folder, format)
+        pipe.send(time.perf_counter() - start)
+        while True:
+            asked, *arguments = pipe.recv()
+            pipe.send(getattr(engine, asked)(*arguments))
+    except EOFError:
+        return
+    except BaseException as error:
+        pipe.send(error if isinstance(error, Exception) else RuntimeError(repr(error)))
+        raise
+
+
+class Served:
+    """What the benchmark may ask for."""
+
+    def __init__(self, folder: str, format: str) -> None:
+        import torch
+
+        from benchmarks.alignment_job import given_cache
+        from qarl.config import RolloutConfig
+        from qarl.rollout.engine import open_engine
+
+        on_gpu = torch.cuda.is_available()
+        config = RolloutConfig(
+            engine="vllm" if on_gpu else "torch", format=format, gpu_memory=0.05, max_sequences=MAX_SEQUENCES
+        )
+        with given_cache(torch.device("cuda" if on_gpu else "cpu")):
+            self.engine: Any = open_engine(config, folder, "bfloat16", MAX_TOKENS)
+        self.worker = self.engine._core.engine_core.model_executor.driver_worker.worker if on_gpu else None
+
+    def connect(self, address: Any) -> None:
+        self.engine.connect(address)
+
+    def sync(self, canaries: Any) -> Any:
+        report = self.engine.refill_from_line()
+        start = time.perf_counter()
+        scores = self.engine.score(canaries, [1] * len(canaries))
+        return report, scores, {"score": time.perf_counter() - start}
+
+    def proof(self, canaries: Any) -> float:
+        """Seconds of what a sync does for its proof alone, on this side: reading all weights back, their sums, canaries."""
+        from qarl.kernels.checksum import collect, pending
+
+        refill = getattr(self.engine, "_refill", None)
+        start = time.perf_counter()
+        if refill:
+            collect([pending(home.read()) for parts in refill.homes.values() for home in parts.values()])
+        self.engine.score(canaries, [1] * len(canaries))
+        return time.perf_counter() - start
+
+    def settle(self, wanted: bool) -> None:
+        import torch
+
+        from qarl.stages import Stages
+
+        Stages.settle = torch.cuda.synchronize if wanted and torch.cuda.is_available() else None
+
+    def routes(self) -> dict[str, int]:
+        """How many tensors are written in place, of how many."""
+        refill = getattr(self.engine, "_refill", None)
+        return {"in_place": len(refill.homes), "tensors": len(refill.slots)} if refill else {}
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of this process on the GPU by torch, of all processes by the driver, and resident on the host."""
+        import psutil
+        import torch
+
+        resident = psutil.Process().memory_info().rss
+        if not torch.cuda.is_available():
+            return {"resident": resident}
+        free, total = torch.cuda.mem_get_info()
+        return {"torch": torch.cuda.memory_reserved(), "device": total - free, "resident": resident}
+
+    def reload(self, shapes: dict[str, tuple[int, ...]]) -> float:
+        """vLLM's own reload of a checkpoint's tensors, made layer by layer on this GPU as it asks for them."""
+        import torch
+        from vllm.config import set_current_vllm_config
+
+        assert self.worker is not None
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        with set_current_vllm_config(self.worker.vllm_config):
+            self.worker.reload_weights(weights_iterator=checkpoint(shapes, self.engine.format))
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+
+def checkpoint(shapes: dict[str, tuple[int, ...]], format: Any) -> Iterator[tuple[str, Any]]:
+    """(name, tensor) as a compressed-tensors checkpoint names them, experts one by one; quantized together."""
+    import torch
+
+    from qarl.kernels.dispatch import quantizer
+
+    quantize: Callable[..., Any] | None = quantizer(format.name, "cuda").quantize if format.quantizes else None
+    for name, shape in shapes.items():
+        weight = torch.randn(shape, dtype=torch.bfloat16, device="cuda") * 0.02
+        parts = {"weight": weight}
+        if quantize and format.covers(name, shape):
+            parts = quantize(weight, format.group)
+        stem = name.removesuffix(".weight")
+        if len(shape) < 3:
+            for part, values in parts.items():
+                yield f"{stem}.{part}", values
+            if "weight_packed" in parts:
+                yield f"{stem}.weight_shape", torch.tensor(shape)
+            continue
+        path, _, leaf = name.rpartition(".")
+        pieces = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else ("down_proj",)
+        for expert in range(shape[0]):
+            for i, piece in enumerate(pieces):
+                for part, values in parts.items():
+                    yield f"{path}.{expert}.{piece}.{part}", values[expert].chunk(len(pieces))[i]
+                if "weight_packed" in parts:
+                    yield f"{path}.{expert}.{piece}.weight_shape", torch.tensor((shape[1] // len(pieces), shape[2]))
