@@ -5,9 +5,8 @@ One kernel computes a matrix and packed experts: a matrix is one expert who has 
 int8 is summed in int32: exact, so the result is the definition's bit for bit. e4m3 is summed by the tensor core alone, in
 fewer bits than float32: all into one sum, 32 of K at a time in ascending order. So does vLLM's `fused_moe_kernel` on a Hopper,
 whatever its tile, and whether it swaps its operands (up to 32 rows): the same instruction (`wgmma`, e4m3), the same bits.
-Not so where K is no multiple of both sides' blocks (to add zeros rounds a sum once more), or in a tile of 16 rows by 32
-columns, which Triton multiplies in float16. Some of vLLM's tuned tables have that tile, its default has not: for
-Qwen3-30B-A3B no table is there.
+Not so where K is no multiple of both sides' blocks (to add zeros rounds a sum once more), or in a tile of fewer than 64 rows
+and columns, which Triton multiplies in float16: our engine takes none (rollout/patches.py).
 """
 
 from __future__ import annotations
