@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qarl.kernels import w8a8_fp8
-from qarl.kernels.w8a8_fp8 import Codes
+from qarl.kernels.dispatch import Codes, quantizer
 
 if TYPE_CHECKING:
     from qarl.kernels.w8a8_fp8_fused import Operand
@@ -48,11 +47,7 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _rows(x: Tensor) -> Any:
     """The module to quantize x with."""
-    if not x.is_cuda:
-        return w8a8_fp8
-    from qarl.kernels import w8a8_fp8_fused
-
-    return w8a8_fp8_fused
+    return quantizer("w8a8_fp8", x.device.type)
 
 
 def prepare(codes: Codes, group: int | None, dtype: torch.dtype) -> Operand:
