@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import layers, record
-from benchmarks.floors import dense_floors, floor_ratio
+from benchmarks.floors import dense_floors, ideal_ratio
 from benchmarks.rows import Bar, Report, Row, pivot
 from benchmarks.timing import Ceilings, Work, against, device, device_name, free, median_ms, rotated
 from qarl import formats
@@ -149,8 +149,8 @@ def _linear_rows(
         row = {**at, "format": name, "backend": backend}
         bars = _dense_bars(name, backend, m, training)
         judged = bars and "ms" in plain and "ms" in first
-        least = partial(floor_ratio, ceilings, m, k, forward_share=first["ms"] / plain["ms"]) if judged else None
-        measure = partial(_aligned, name, backend, training, False, sets, floors(name), bf16, least)
+        ideal = partial(ideal_ratio, ceilings, m, k, forward_share=first["ms"] / plain["ms"]) if judged else None
+        measure = partial(_aligned, name, backend, training, False, sets, floors(name), bf16, ideal)
         report.add({**row}, measure, *bars)
         if training and quantized:
             measure = partial(_aligned, name, backend, training, True, sets, floors(name), bf16)
@@ -166,11 +166,11 @@ def _aligned(
     sets: list[tuple],
     floors: Row,
     baselines: dict[str, Work],
-    least: Callable[[float], float] | None = None,
+    ideal: Callable[[float], float] | None = None,
 ) -> Row:
     """`quantized`: codes are made in each run, as in the first micro-batch of a step; else once, before.
 
-    `least`: bf16's milliseconds -> the ratio that no w8a8 version beats.
+    `ideal`: bf16's milliseconds -> the ratio that an ideal w8a8 layer would have.
     """
     from qarl.kernels.linear import aligned_linear
 
@@ -186,8 +186,8 @@ def _aligned(
         row["tokens_ms"] = _tokens_ms(name, backend, *sets[0][0].shape)
         if "bf16_ms" in row:
             row["tokens_ratio"] = row["tokens_ms"] / row["bf16_ms"]
-            if least is not None:
-                row["floor_ratio"] = least(row["bf16_ms"])
+            if ideal is not None:
+                row["ideal_ratio"] = ideal(row["bf16_ms"])
     return row
 
 
@@ -257,9 +257,9 @@ def summary(report: Report) -> str:
         r for r in plain if r["pass"] == "fwd" and r["backend"] == layers.preferred(r["format"]) and "tokens_ratio" in r
     ]
     show("quantizing the tokens alone, time / bf16 forward", judged, ("layer", "m"), short, "tokens_ratio")
-    floors = [row for row in of("dense") if "floor_ratio" in row]
+    ideals = [row for row in of("dense") if "ideal_ratio" in row]
     bars = f"{INFER.limit:.3f} f, {TRAIN['w8a8'].limit:.3f} f+b"
-    show(f"the least that time / bf16 can be (bars: {bars})", floors, ("layer", "m"), column, "floor_ratio", ".3f")
+    show(f"time / bf16 of an ideal w8a8 layer (bars: {bars})", ideals, ("layer", "m"), column, "ideal_ratio", ".3f")
     show("dense, measured once", once, ("layer", "m", "pass"), short, "ratio")
     show("experts, time / bf16 (the faster)", of("experts"), ("case", "layer"), column, "ratio")
     blocks = [row for row in of("experts") if "ratio_transformers" in row]
