@@ -154,13 +154,13 @@ def do(job: Job, work: Path, arguments: argparse.Namespace, deadline: float) -> 
 
 
 def judge(rows: list[dict[str, Any]]) -> None:
-    """Adds the bar of each row's model, the aligned learner's part of it, and whether it holds."""
+    """Adds the bar of each row's model, and, but for bf16's own, the aligned learner's part of it and whether it holds."""
     plain = {row["model"]: mean(row, "none") for row in rows if row["format"] == "bf16"}
     for row in rows:
         reference, aligned = plain.get(row["model"]), mean(row, "auto")
         if reference:
             row["bar"] = BAR * reference
-            if aligned is not None:
+            if aligned is not None and row["format"] != "bf16":
                 row |= {"aligned_over_bf16": aligned / reference, "holds": aligned <= row["bar"]}
 
 
@@ -171,7 +171,7 @@ def mean(row: dict[str, Any], backend: str) -> float | None:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Mean |Δ| of every learner, in nats a token; of the aligned one the 99th percentile and the largest too."""
-    shown = {"none": "unaligned", "following": "bf16, engine's ops", "auto": "aligned"}
+    shown = {"none": "unaligned", "auto": "aligned"}
     flat = []
     for row in rows:
         aligned = row.get("backends", {}).get("auto", {})
@@ -187,8 +187,6 @@ def table(rows: list[dict[str, Any]]) -> str:
             }
         )
     columns = {"model": "", "format": "", "tokens": "d", "entropy": ".1f"}
-    columns |= dict.fromkeys(
-        ("engine itself", "unaligned", "bf16, engine's ops", "emulated", "fused", "aligned"), ".1e"
-    )
+    columns |= dict.fromkeys(("engine itself", "unaligned", "emulated", "fused", "aligned"), ".1e")
     columns |= {"p99": ".1e", "max": ".1e", "bar": ".1e", "aligned_over_bf16": ".2f", "holds": ""}
     return record.table(flat, {**columns, "routed otherwise": ".4f"})

@@ -37,7 +37,6 @@ from qarl.rollout.vllm_settings import ENVIRONMENT, quantization_override
 from qarl.rundir import write_atomically
 from qarl.seeds import completion_seeds
 from qarl.trainer.aligned import AlignedModel
-from qarl.trainer.chain import follow_engine
 from qarl.trainer.model import load_model
 from qarl.trainer.policy import Policy, to_tensors
 from qarl.trainer.publish import model_update
@@ -57,8 +56,6 @@ QUESTIONS = (
     "List thirty animals and where they live.",
     "Compute 17 + 25 - 8 + 31 and show your work.",
 )
-#: Beside the names of backends, at bf16: a learner that differs from `none` by the engine's ops between products alone.
-FOLLOWING = "following"
 
 
 class Engine(Protocol):
@@ -154,7 +151,7 @@ class Job:
     def backends(self) -> list[str]:
         """Those that run here, `none` first and then `auto`; the others' reasons are recorded."""
         if not self.format.quantizes:
-            return ["none", FOLLOWING]
+            return ["none", "auto"]
         asked = dispatch.backends(self.format.name, self.device.type, self.dtype)
         self.record["refused"] = {name: why for name, why in asked.items() if why is not None}
         # `auto` takes `engine` wherever that runs.
@@ -166,11 +163,8 @@ class Job:
     ) -> tuple[np.ndarray, list[torch.Tensor]]:
         """float32 [R] of all responses, and the experts chosen, layer by layer (none in a dense model)."""
         model = copy.deepcopy(base)
-        if backend == FOLLOWING:
-            follow_engine(model, self.device.type)
-        else:
-            aligned = AlignedModel(model, self.format, backend, self.device.type, self.dtype)
-            self.record["backends"][backend]["computes"] = aligned.describe()
+        aligned = AlignedModel(model, self.format, backend, self.device.type, self.dtype)
+        self.record["backends"][backend]["computes"] = aligned.describe()
         routed = watch_routers(model)
         policy = Policy(model, 1.0, 1024)
         batch, order = pack_to_score(sequences, 1, MICRO_BATCH_TOKENS, lengths)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import layers, record
+from benchmarks.floors import dense_floors, ideal_ratio
 from benchmarks.rows import Bar, Report, Row, pivot
 from benchmarks.timing import Ceilings, Work, against, device, device_name, free, median_ms, rotated
 from qarl import formats
@@ -119,8 +120,8 @@ def dense(report: Report, ceilings: Ceilings, tiny: bool) -> None:
         for m in (5, 16) if tiny else ROWS:
             sets = rotated(partial(_linear, m, n, k))
             once = tiny or (layer, m) == EMULATED, tiny or (layer, m) == QUANTIZED
-            for training in (False, True):
-                _linear_rows(report, ceilings, layer, sets, training, *once)
+            forward = _linear_rows(report, ceilings, layer, sets, None, *once)
+            _linear_rows(report, ceilings, layer, sets, forward, *once)
             del sets
             free()
 
@@ -130,25 +131,31 @@ def _linear_rows(
     ceilings: Ceilings,
     layer: str,
     sets: list[tuple],
-    training: bool,
+    forward: Row | None,
     emulated: bool,
     quantized: bool,
-) -> None:
-    (m, k), n = sets[0][0].shape, len(sets[0][1])
+) -> Row:
+    """Of the forward alone; with `forward`, which is bf16's row of that, of forward + backward. Returns bf16's row."""
+    (m, k), n, training = sets[0][0].shape, len(sets[0][1]), forward is not None
     at = {"group": "dense", "layer": layer, "m": m, "pass": "fwd+bwd" if training else "fwd"}
     bf16: dict[str, Work] = {}
-    floors = partial(_dense_floors, ceilings, m, n, k, training=training)
+    floors = partial(dense_floors, ceilings, m, n, k, training=training)
     make = partial(Work, _passes(F.linear, training), sets)
-    report.add({**at, "format": "bf16"}, partial(layers.kept, bf16, "bf16", make, floors("bf16")))
+    plain = report.add({**at, "format": "bf16"}, partial(layers.kept, bf16, "bf16", make, floors("bf16")))
+    first = forward or plain
     for name, backend in layers.contenders(layers.FORMATS, emulated):
         if m == FEW and backend != layers.preferred(name):
             continue
         row = {**at, "format": name, "backend": backend}
-        measure = partial(_aligned, name, backend, training, False, sets, floors(name), bf16)
-        report.add(row, measure, *_dense_bars(name, backend, m, training))
+        bars = _dense_bars(name, backend, m, training)
+        judged = bars and "ms" in plain and "ms" in first
+        ideal = partial(ideal_ratio, ceilings, m, k, forward_share=first["ms"] / plain["ms"]) if judged else None
+        measure = partial(_aligned, name, backend, training, False, sets, floors(name), bf16, ideal)
+        report.add({**row}, measure, *bars)
         if training and quantized:
             measure = partial(_aligned, name, backend, training, True, sets, floors(name), bf16)
             report.add({**row, "pass": "quantize+fwd+bwd"}, measure)
+    return plain
 
 
 def _aligned(
@@ -159,8 +166,12 @@ def _aligned(
     sets: list[tuple],
     floors: Row,
     baselines: dict[str, Work],
+    ideal: Callable[[float], float] | None = None,
 ) -> Row:
-    """`quantized`: codes are made in each run, as in the first micro-batch of a step; else once, before."""
+    """`quantized`: codes are made in each run, as in the first micro-batch of a step; else once, before.
+
+    `ideal`: bf16's milliseconds -> the ratio that an ideal w8a8 layer would have.
+    """
     from qarl.kernels.linear import aligned_linear
 
     arithmetic = layers.arithmetic(name, backend)
@@ -175,6 +186,8 @@ def _aligned(
         row["tokens_ms"] = _tokens_ms(name, backend, *sets[0][0].shape)
         if "bf16_ms" in row:
             row["tokens_ratio"] = row["tokens_ms"] / row["bf16_ms"]
+            if ideal is not None:
+                row["ideal_ratio"] = ideal(row["bf16_ms"])
     return row
 
 
@@ -195,16 +208,6 @@ def _passes(forward: Callable[..., Tensor], training: bool) -> Callable[..., obj
             return forward(x, weight, *more)
 
     return run
-
-
-def _dense_floors(ceilings: Ceilings, m: int, n: int, k: int, name: str, training: bool) -> Row:
-    """Forward: x and codes in, y out. Backward: dy, codes and x in, dx and dweight out. Only a w8a8 forward runs in 8 bits."""
-    codes = n * k * formats.get(name).bits_per_weight((n, k)) / 8
-    n_bytes, flop = 2 * m * (k + n) + codes, 2.0 * m * n * k
-    if training:
-        n_bytes += 2 * m * (n + 2 * k) + codes + 2 * n * k
-    low = name.startswith("w8a8")
-    return ceilings.floors(n_bytes, flop * (2 * training + (not low)), flop * low)
 
 
 def _dense_bars(name: str, backend: str, m: int, training: bool) -> tuple[Bar, ...]:
@@ -242,9 +245,11 @@ def summary(report: Report) -> str:
     once = [row for row in of("dense") if row not in plain]
     shown: list[tuple[str, str]] = []
 
-    def show(title: str, rows: list[Row], index: tuple[str, ...], name: Callable[[Row], str], value: str) -> None:
+    def show(
+        title: str, rows: list[Row], index: tuple[str, ...], name: Callable[[Row], str], value: str, spec: str = ".2f"
+    ) -> None:
         if rows:
-            shown.append((title, pivot(rows, index, name, value, ".2f")))
+            shown.append((title, pivot(rows, index, name, value, spec)))
 
     show("share of copy bandwidth (q: quantize, deq: dequantize)", of("quantize"), ("layer",), column, "share")
     show("dense, time / bf16 (f: forward, b: backward)", plain, ("layer", "m"), column, "ratio")
@@ -252,6 +257,9 @@ def summary(report: Report) -> str:
         r for r in plain if r["pass"] == "fwd" and r["backend"] == layers.preferred(r["format"]) and "tokens_ratio" in r
     ]
     show("quantizing the tokens alone, time / bf16 forward", judged, ("layer", "m"), short, "tokens_ratio")
+    ideals = [row for row in of("dense") if "ideal_ratio" in row]
+    bars = f"{INFER.limit:.3f} f, {TRAIN['w8a8'].limit:.3f} f+b"
+    show(f"time / bf16 of an ideal w8a8 layer (bars: {bars})", ideals, ("layer", "m"), column, "ideal_ratio", ".3f")
     show("dense, measured once", once, ("layer", "m", "pass"), short, "ratio")
     show("experts, time / bf16 (the faster)", of("experts"), ("case", "layer"), column, "ratio")
     blocks = [row for row in of("experts") if "ratio_transformers" in row]

@@ -2,7 +2,7 @@
 
 Forward, backward and optimizer of `qarl.trainer.learner.Learner` on one device, on packed sequences; Qwen3-8B's and
 Qwen3-30B-A3B's shapes with random weights, cut to as many layers as fit with optimizer state. Every step quantizes its weights.
-bf16 runs first and again last: what changed in between is the device's.
+bf16 (plain: `learner.backend=none`) runs first and again last: what changed in between is the device's.
 Written to `results/learner_h200.json` (by the GPU's name) row by row. Exits 1 where a row failed.
 """
 
@@ -32,7 +32,7 @@ from benchmarks.rows import Bar, Report, Row
 from benchmarks.timing import device, device_name, free
 from qarl import formats
 from qarl.algorithm import grpo
-from qarl.config import LearnerConfig, OptimizerConfig
+from qarl.config import Backend, LearnerConfig, OptimizerConfig
 from qarl.records import MicroBatch
 
 FORMATS = ("bf16", "w4a16", "w8a8_int8", "w8a8_fp8")
@@ -125,9 +125,10 @@ class Lazy:
 def make_learner(folder: Path, format: str, tiny: bool) -> Any:
     from qarl.trainer.learner import Learner
 
+    low_bit: Backend = "emulated" if tiny and device().type == "cpu" else "auto"
     config = LearnerConfig(
         zero=1,
-        backend="emulated" if tiny and device().type == "cpu" and format != "bf16" else "auto",
+        backend="none" if format == "bf16" else low_bit,
         optimizer=OptimizerConfig(lr=1e-6),
         tokens=1 << 20,
     )

@@ -45,8 +45,9 @@ class Served:
             engine="vllm" if on_gpu else "torch", format=format, gpu_memory=0.05, max_sequences=MAX_SEQUENCES
         )
         with given_cache(torch.device("cuda" if on_gpu else "cpu")):
-            self.engine: Any = open_engine(config, folder, "bfloat16", MAX_TOKENS)
-        self.worker = self.engine._core.engine_core.model_executor.driver_worker.worker if on_gpu else None
+            engine: Any = open_engine(config, folder, "bfloat16", MAX_TOKENS)
+        self.engine = engine
+        self.worker = engine._core.engine_core.model_executor.driver_worker.worker if on_gpu else None
 
     def connect(self, address: Any) -> None:
         self.engine.connect(address)

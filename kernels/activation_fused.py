@@ -15,7 +15,8 @@ def silu_and_multiply_grad(dy: Tensor, gate_up: Tensor) -> Tensor:
     rows, width = dy.shape
     if dy.numel():
         block = min(1024, triton.next_power_of_2(width))
-        _silu_grad_kernel[(rows, triton.cdiv(width, block))](dy, gate_up, grad, width, BLOCK=block)
+        with torch.cuda.device_of(dy):
+            _silu_grad_kernel[(rows, triton.cdiv(width, block))](dy, gate_up, grad, width, BLOCK=block)
     return grad
 
 

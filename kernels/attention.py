@@ -26,6 +26,8 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 BLOCK = 128
 """Tokens of a block of vLLM's KV cache on CPU, its default there."""
+CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+"""Widths of heads that vLLM's attention takes on CPU."""
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
 
 

@@ -31,7 +31,8 @@ def prepare(codes: Codes, group: int | None, dtype: torch.dtype) -> Tensor:
 def grouped_product(x: Tensor, operand: Tensor, offsets: Tensor, row_weights: Tensor | None = None) -> Tensor:
     """y [M, N] from x [M, K] with rows sorted by expert, `offsets` int32 [E] where those of each end; 0 for rows after the last.
 
-    `row_weights` [M] multiply the rounded result in x's dtype, as transformers has it. Waits for the device off CUDA alone.
+    `row_weights` [M] float32 multiply the rounded result, which is rounded again: in bfloat16 transformers' own bits where they
+    are bfloat16 numbers. Waits for the device off CUDA alone.
     """
     if x.is_cuda and len(x):
         y = torch._grouped_mm(x, operand.transpose(-2, -1), offs=offsets.to(torch.int32))
@@ -40,4 +41,4 @@ def grouped_product(x: Tensor, operand: Tensor, offsets: Tensor, row_weights: Te
         y = x.new_zeros(len(x), operand.shape[-2])
         for expert, rows in spans(offsets):
             y[rows] = x[rows] @ operand[expert].t()
-    return y if row_weights is None else y.mul_(row_weights[:, None].to(y.dtype))
+    return y if row_weights is None else y.mul_(row_weights[:, None])

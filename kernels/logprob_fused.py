@@ -20,9 +20,18 @@ def score_rows(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Ten
     rows, vocabulary = logits.shape
     logprobs, entropies, lse = logits.new_empty(3, rows, dtype=torch.float32).unbind()
     if rows:
-        _score_kernel[(rows,)](
-            logits, targets.contiguous(), logprobs, entropies, lse, vocabulary, 1 / temperature, BLOCK, num_warps=WARPS
-        )
+        with torch.cuda.device_of(logits):
+            _score_kernel[(rows,)](
+                logits,
+                targets.contiguous(),
+                logprobs,
+                entropies,
+                lse,
+                vocabulary,
+                1 / temperature,
+                BLOCK,
+                num_warps=WARPS,
+            )
     return logprobs, entropies, lse
 
 
@@ -41,7 +50,8 @@ def gradient_rows(
         # Autograd hands an expanded number for the gradient of a sum.
         per_row = [each.contiguous() for each in (targets, lse, entropies, d_logprobs, d_entropies)]
         grid = (rows, triton.cdiv(width, BLOCK))
-        _gradient_kernel[grid](logits, *per_row, width, 1 / temperature, BLOCK, num_warps=WARPS)
+        with torch.cuda.device_of(logits):
+            _gradient_kernel[grid](logits, *per_row, width, 1 / temperature, BLOCK, num_warps=WARPS)
     return logits
 
 

@@ -20,7 +20,8 @@ def spread(hidden: Tensor, order: Tensor, top_k: int) -> Tensor:
     rows = hidden.new_empty(len(order), hidden.shape[1])
     block = _block(hidden.shape[1])
     if rows.numel():
-        _spread_kernel[(len(order),)](hidden, order, rows, hidden.shape[1], TOP_K=top_k, BLOCK=block)
+        with torch.cuda.device_of(hidden):
+            _spread_kernel[(len(order),)](hidden, order, rows, hidden.shape[1], TOP_K=top_k, BLOCK=block)
     return rows
 
 
@@ -34,7 +35,8 @@ def collect(rows: Tensor, inverse: Tensor, top_k: int) -> Tensor:
     block = _block(rows.shape[1], 1024)
     if hidden.numel():
         grid = (len(hidden), triton.cdiv(rows.shape[1], block))
-        _collect_kernel[grid](rows, inverse, hidden, rows.shape[1], TOP_K=top_k, BLOCK=block)
+        with torch.cuda.device_of(rows):
+            _collect_kernel[grid](rows, inverse, hidden, rows.shape[1], TOP_K=top_k, BLOCK=block)
     return hidden
 
 
@@ -44,7 +46,8 @@ def weigh(a: Tensor, b: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor
     wa, wb, dot = torch.empty_like(a), torch.empty_like(b), weights.new_empty(len(a))
     if len(a):
         block = _block(a.shape[1], 1024)
-        _weigh_kernel[(len(a),)](a, b, weights, wa, wb, dot, a.shape[1], BLOCK=block)
+        with torch.cuda.device_of(a):
+            _weigh_kernel[(len(a),)](a, b, weights, wa, wb, dot, a.shape[1], BLOCK=block)
     return wa, wb, dot
 
 
@@ -52,7 +55,10 @@ def clear_after(rows: Tensor, offsets: Tensor) -> Tensor:
     """`rows` [M, N], contiguous, with those after the last of `offsets` zeroed, in place. The host need not know which."""
     if rows.numel():
         grid = (triton.cdiv(len(rows), _CLEARED),)
-        _clear_kernel[grid](rows, offsets[-1:], len(rows), rows.shape[1], ROWS=_CLEARED, BLOCK=_block(rows.shape[1]))
+        with torch.cuda.device_of(rows):
+            _clear_kernel[grid](
+                rows, offsets[-1:], len(rows), rows.shape[1], ROWS=_CLEARED, BLOCK=_block(rows.shape[1])
+            )
     return rows
 
 

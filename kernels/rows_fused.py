@@ -50,9 +50,10 @@ def quantize_rows(x: Tensor, rule: str, out: tuple[Tensor, Tensor] | None = None
         # In three parts 768 or 12288 columns leave no lane idle and fewer registers empty.
         parts = 0 if k > _ROW else 3 if k <= 3 * triton.next_power_of_2(k) // 4 else 1
         block, per_program, warps = _tile(k, parts) if parts else _tile(4096)
-        _quantize[(triton.cdiv(rows, per_program),)](
-            x, codes, scale, rows, k, _RULES[rule], per_program, block, parts, num_warps=warps
-        )
+        with torch.cuda.device_of(x):
+            _quantize[(triton.cdiv(rows, per_program),)](
+                x, codes, scale, rows, k, _RULES[rule], per_program, block, parts, num_warps=warps
+            )
     return codes, scale
 
 
@@ -65,7 +66,8 @@ def dequantize_rows(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     if codes.numel():
         block, per_program, warps = _tile(min(k, 4096))
         grid = (triton.cdiv(rows, per_program), triton.cdiv(k, block))
-        _dequantize[grid](codes, scale.contiguous(), out, rows, k, per_program, block, num_warps=warps)
+        with torch.cuda.device_of(codes):
+            _dequantize[grid](codes, scale.contiguous(), out, rows, k, per_program, block, num_warps=warps)
     return out
 
 

@@ -115,8 +115,10 @@ def grouped_product(x: Tensor, operand: _Operand, offsets: Tensor, row_weights: 
 
 def refusal(device_type: str, dtype: torch.dtype) -> str | None:
     """Why this backend does not run on that device for inputs of `dtype`; `None` where it does."""
-    if device_type != "cuda" or not torch.cuda.is_available():
+    if device_type != "cuda":
         return "its kernels are for CUDA devices"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
     if torch.cuda.get_device_capability() < (8, 0):
         return "its bfloat16 products need compute capability 8.0"
     if dtype != torch.bfloat16:

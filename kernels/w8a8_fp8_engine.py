@@ -2,7 +2,7 @@
 
 A matrix: `scaled_fp8_quant` per token, then CUTLASS (`CutlassFP8ScaledMMLinearKernel`). Rows are quantized by `fused`'s
 kernel, which gives that op's bits sooner. Experts are a Triton kernel in vLLM, on rows that the same op quantizes; here
-they are `fused`'s, equal to it but for the tensor core's order of summation: Triton's kernel is the slower one.
+they are `fused`'s: summed by the tensor core in the same order, and scaled in the same order.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qarl.kernels import w8a8_fp8
-from qarl.kernels.w8a8_fp8 import Codes
+from qarl.kernels.dispatch import Codes, quantizer
 
 if TYPE_CHECKING:
     from qarl.kernels.w8a8_fp8_fused import Operand
@@ -48,16 +47,13 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _rows(x: Tensor) -> Any:
     """The module to quantize x with."""
-    if not x.is_cuda:
-        return w8a8_fp8
-    from qarl.kernels import w8a8_fp8_fused
-
-    return w8a8_fp8_fused
+    return quantizer("w8a8_fp8", x.device.type)
 
 
 def prepare(codes: Codes, group: int | None, dtype: torch.dtype) -> Operand:
-    """Codes as the products want them, a matrix or E experts: a view where N and K are multiples of 16, else padded, as
-    by vLLM. Raises `ValueError` where it does not run."""
+    """Codes as the products want them, a matrix or E experts: a view where nothing must be padded.
+
+    Raises `ValueError` where it does not run."""
     if reason := refusal(codes["weight"].device.type, dtype):
         raise ValueError(f"w8a8_fp8 cannot use backend 'engine': {reason}")
     from qarl.kernels import w8a8_fp8_fused
@@ -73,7 +69,7 @@ def product(x: Tensor, operand: Operand, bias: Tensor | None = None) -> Tensor:
 def grouped_product(x: Tensor, operand: Operand, offsets: Tensor, row_weights: Tensor | None = None) -> Tensor:
     """y [M, N] in bfloat16: rows sorted by expert, `offsets` [E] where those of each end; rows after the last are 0.
 
-    `row_weights` [M] float32 enter with the inputs' scales: before the result is rounded.
+    `row_weights` [M] float32 multiply the result before it is rounded.
     """
     from qarl.kernels import w8a8_fp8_fused
 
@@ -108,7 +104,7 @@ def _product_engine(x: Tensor, operand: Operand, bias: Tensor | None) -> Tensor:
     as our engine patches it: on `LEAST_ROWS` rows or more."""
     from vllm import _custom_ops as ops
 
-    from qarl.kernels.w8a8_fp8_fused import pad
+    from qarl.kernels.products_fused import pad
 
     rows, columns = len(x), operand.codes.shape[0]
     if rows < LEAST_ROWS:

@@ -1,7 +1,8 @@
-"""w8a8_fp8 on Hopper: rows to e4m3 in one pass (Triton), and torch's own products with a scale for each row and column.
+"""w8a8_fp8 on Hopper: rows to e4m3 in one pass (Triton), torch's own product of a matrix, experts in Triton.
 
-A tensor core sums e4m3 products in fewer bits than float32 and in an order of its own, so results equal the definition's
-and vLLM's to rounding, not to the bit. `use_fast_accum` leaves the sum to the tensor core alone, as vLLM's kernels do.
+A tensor core sums e4m3 products in fewer bits than float32, so results equal the definition's to rounding, not to the bit.
+Experts are summed and scaled as by vLLM's kernel for them (`products_fused`), a matrix nearly as by vLLM's CUTLASS:
+`use_fast_accum` leaves the sum to the tensor core alone, as both of vLLM's kernels do.
 """
 
 from __future__ import annotations
@@ -13,19 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qarl.kernels import w8a8_fp8
-from qarl.kernels.routing import clear_after
+from qarl.kernels.products_fused import MULTIPLE, hopper_refusal, multiply_grouped, pad
 from qarl.kernels.rows_fused import dequantize_rows, quantize_rows
 
 Codes = dict[str, Tensor]
-
-#: N and K of torch's and of vLLM's products must be multiples of it. What is missing is padded by zeros, as vLLM does.
-_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
 class Operand:
     codes: Tensor
-    """float8_e4m3fn [N, K] or [E, N, K]: the weight's own, or a copy padded to multiples of 16."""
+    """float8_e4m3fn [N, K] or [E, N, K]: the weight's own, or a copy with K, and a matrix's N too, padded to multiples of 16:
+    torch's and vLLM's products of a matrix want them so."""
     scale: Tensor
     """float32 [N, 1] or [E, N, 1], padded as the codes are."""
     n: int
@@ -66,18 +65,20 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def prepare(codes: Codes, group: int | None, dtype: torch.dtype) -> Operand:
-    """Codes as the products want them: a matrix or E experts. A view, where N and K are multiples of 16."""
+    """Codes as the products want them: a matrix or E experts. A view, where nothing must be padded."""
     _no_group(group)
     weight, scale = codes["weight"].contiguous(), codes["weight_scale"].contiguous()
-    n = weight.shape[-2]
-    return Operand(pad(weight, rows=True), F.pad(scale, (0, 0, 0, -n % _MULTIPLE), value=1.0), n)
+    n, is_matrix = weight.shape[-2], weight.dim() == 2
+    if is_matrix:
+        scale = F.pad(scale, (0, 0, 0, -n % MULTIPLE), value=1.0)
+    return Operand(pad(weight, rows=is_matrix), scale, n)
 
 
 @torch.no_grad()
 def product(x: Tensor, operand: Operand, bias: Tensor | None = None) -> Tensor:
     """y [M, N] in bfloat16, from x [M, K] (quantized here, per token) and bias [N]. M may be 0."""
     codes, scale = quantize_tokens(x)
-    bias = None if bias is None else F.pad(bias.to(torch.bfloat16), (0, -operand.n % _MULTIPLE))
+    bias = None if bias is None else F.pad(bias.to(torch.bfloat16), (0, -operand.n % MULTIPLE))
     y = torch._scaled_mm(
         pad(codes),
         operand.codes.t(),
@@ -92,41 +93,17 @@ def product(x: Tensor, operand: Operand, bias: Tensor | None = None) -> Tensor:
 
 @torch.no_grad()
 def grouped_product(x: Tensor, operand: Operand, offsets: Tensor, row_weights: Tensor | None = None) -> Tensor:
-    """y [M, N] in bfloat16, from x [M, K] with rows sorted by expert, `offsets` [E] where those of each end.
+    """y [M, N] in x's dtype, from x [M, K] with rows sorted by expert, `offsets` [E] where those of each end.
 
-    Rows after the last offset are 0. `row_weights` [M] float32 enter with the inputs' scales, so before the result is
-    rounded. The offsets stay on the device.
+    Rows after the last offset are 0. `row_weights` [M] float32 multiply the result before it is rounded. The offsets
+    stay on the device.
     """
-    codes, scale = quantize_tokens(x)
-    if not len(x):
-        return x.new_empty(0, operand.n)
-    scale = scale.squeeze(-1)
-    y = torch._scaled_grouped_mm(
-        pad(codes),
-        operand.codes.transpose(-2, -1),
-        scale if row_weights is None else scale * row_weights,
-        operand.scale.squeeze(-1),
-        offs=offsets.to(torch.int32),
-        out_dtype=torch.bfloat16,
-        use_fast_accum=True,
-    )
-    return clear_after(y[:, : operand.n].contiguous(), offsets)
+    return multiply_grouped(*quantize_tokens(x), operand.codes, operand.scale, offsets, row_weights, x.dtype)
 
 
 def refusal(device_type: str, dtype: torch.dtype) -> str | None:
     """Why it does not run on that device here for inputs of `dtype`; `None` where it does."""
-    if device_type != "cuda":
-        return "its kernels run on cuda only"
-    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9:
-        return "torch's products of e4m3 experts are wired up for Hopper (compute capability 9.0) only"
-    return None if dtype == torch.bfloat16 else f"it takes torch.bfloat16, not {dtype}"
-
-
-def pad(codes: Tensor, rows: bool = False) -> Tensor:
-    """e4m3 codes [*, N, K] with K, and N too if `rows`, a multiple of 16."""
-    n, k = codes.shape[-2:]
-    missing = (0, -k % _MULTIPLE, 0, -n % _MULTIPLE if rows else 0)
-    return F.pad(codes.view(torch.uint8), missing).view(torch.float8_e4m3fn) if any(missing) else codes
+    return hopper_refusal(device_type, dtype)
 
 
 def _no_group(group: int | None) -> None:

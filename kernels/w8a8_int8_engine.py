@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qarl.kernels import w8a8_int8
+from qarl.kernels.dispatch import Codes, quantizer
 from qarl.kernels.routing import spans
-from qarl.kernels.w8a8_int8 import Codes
 
 if TYPE_CHECKING:
     from qarl.kernels.w8a8_int8_fused import Operand as CudaOperand
@@ -45,11 +44,7 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _rows(x: Tensor) -> Any:
     """The module to quantize x with."""
-    if not x.is_cuda:
-        return w8a8_int8
-    from qarl.kernels import w8a8_int8_fused
-
-    return w8a8_int8_fused
+    return quantizer("w8a8_int8", x.device.type)
 
 
 @dataclass(frozen=True)

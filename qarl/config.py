@@ -312,8 +312,8 @@ class LearnerConfig:
     """DeepSpeed's ZeRO stage; 0 keeps no masters, so it is for float32 models. `muon` and `adamw_8bit` need it."""
     backend: Backend = "auto"
     """How low-bit products are computed. `engine`: by vLLM's own op; `fused`: by our kernels (CUDA); `emulated`: by the definition,
-    in torch; `auto`: by the first of these that runs here, the other ops being the engine's too where they can; `none`: the learner
-    computes unquantized (not aligned, for comparison)."""
+    in torch; `auto`: by the first of these that runs here, the other ops being the engine's too where they can, as they are at
+    `bf16` in a 16-bit model; `none`: the learner computes unquantized, by transformers' ops (not aligned, for comparison)."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimizer and schedule."""
     tokens: int = 4096

@@ -11,6 +11,7 @@ import torch
 
 from qarl.errors import ConfigError
 from qarl.kernels.w8a8_fp8_engine import LEAST_ROWS
+from qarl.rollout.int8_experts import int8_experts_class
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +23,7 @@ def apply() -> None:
         _norms()
         if torch.cuda.get_device_capability()[0] == 9:
             _fp8_rows()
+            _fp8_experts()
             _narrow_heads()
         _int8_experts()
         _int4_experts()
@@ -64,6 +66,29 @@ def _fp8_rows() -> None:
     Kernel.get_output_padding = lambda self: LEAST_ROWS  # type: ignore[method-assign]
     Kernel.apply_scaled_mm = apply_scaled_mm  # type: ignore[method-assign]
     logger.warning("vLLM multiplies few rows in e4m3 by other kernels than many: padded to %d rows", LEAST_ROWS)
+
+
+def _fp8_experts() -> None:
+    """0.26: some of its tuned tables hold tiles of 16 rows by 32 columns, for the few rows of decoding. Triton multiplies e4m3 in
+    them as float16, in every other tile as e4m3, whose sums are others in the last bits (kernels/products_fused.py). Here the
+    narrowest tile has 64 columns."""
+    from vllm.model_executor.layers.fused_moe.experts import triton_moe
+
+    narrowest = 64
+    choose = triton_moe.try_get_optimal_moe_config
+
+    def try_get_optimal_moe_config(
+        w1_shape: Any, w2_shape: Any, top_k: int, dtype: str | None, n_tokens: int, **others: Any
+    ) -> dict[str, int]:
+        tile = choose(w1_shape, w2_shape, top_k, dtype, n_tokens, **others)
+        if dtype == "fp8_w8a8":
+            tile = tile | {"BLOCK_SIZE_N": max(tile["BLOCK_SIZE_N"], narrowest)}
+        return tile
+
+    vars(triton_moe).update(try_get_optimal_moe_config=try_get_optimal_moe_config)
+    logger.warning(
+        "vLLM may multiply few rows of e4m3 experts as float16: its tiles have %d columns or more now", narrowest
+    )
 
 
 def _narrow_heads() -> None:
@@ -119,7 +144,7 @@ def _int8_experts() -> None:
         backend, experts = select(*args, **kwargs)
         if backend is not oracle.Int8MoeBackend.TRITON:
             raise ValueError(f"int8 experts run in vLLM's Triton kernel here, but {backend} was selected")
-        return backend, _int8_experts_class(experts)
+        return backend, int8_experts_class(experts)
 
     def make_int8_moe_quant_config(
         int8_backend: Any, w1_scale: torch.Tensor, w2_scale: torch.Tensor, per_act_token_quant: bool, **_: Any
@@ -155,79 +180,3 @@ def _int4_experts() -> None:
     logger.warning(
         "vLLM would serve int4 experts of a single group with scales out of order: patched to go by the scales"
     )
-
-
-@functools.cache  # one class, not one a layer
-def _int8_experts_class(triton_experts: type[Any]) -> type:
-    from vllm import _custom_ops as ops
-    from vllm.model_executor.layers.fused_moe import fused_moe
-    from vllm.model_executor.layers.fused_moe.utils import _resize_cache
-    from vllm.triton_utils import tl
-
-    class Int8Experts(triton_experts):
-        """vLLM's Triton experts on int8 rows: its kernel and its schedule, without LoRA."""
-
-        expects_unquantized_inputs = True  # they are quantized below
-
-        def apply(
-            self,
-            output: torch.Tensor,
-            hidden_states: torch.Tensor,
-            w1: torch.Tensor,
-            w2: torch.Tensor,
-            topk_weights: torch.Tensor,
-            topk_ids: torch.Tensor,
-            activation: Any,
-            global_num_experts: int,
-            expert_map: torch.Tensor | None,
-            a1q_scale: torch.Tensor | None,
-            a2_scale: torch.Tensor | None,
-            workspace13: torch.Tensor,
-            workspace2: torch.Tensor,
-            expert_tokens_meta: Any,
-            apply_router_weight_on_input: bool,
-        ) -> None:
-            n_experts, n_tokens, n, k, top_k = self.moe_problem_size(hidden_states, w1, w2, topk_ids)
-            if global_num_experts == -1:
-                global_num_experts = n_experts
-            name = self.quant_config.config_name(hidden_states.dtype)
-            config = fused_moe.try_get_optimal_moe_config(w1.size(), w2.size(), top_k, name, n_tokens, block_shape=None)
-            sorted_ids, expert_ids, n_padded = fused_moe._prepare_expert_assignment(
-                topk_ids, config, n_tokens, top_k, global_num_experts, expert_map
-            )
-
-            def product(
-                x: torch.Tensor, w: torch.Tensor, scale: Any, out: torch.Tensor, each: int, weigh: bool
-            ) -> None:
-                codes, x_scale, _ = ops.scaled_int8_quant(x)
-                fused_moe.invoke_fused_moe_triton_kernel(
-                    codes,
-                    w,
-                    out,
-                    x_scale,
-                    scale,
-                    topk_weights if weigh else None,
-                    sorted_ids,
-                    expert_ids,
-                    n_padded,
-                    weigh,
-                    each,
-                    config,
-                    compute_type=tl.bfloat16,
-                    use_fp8_w8a8=False,
-                    use_int8_w8a8=True,
-                    use_int8_w8a16=False,
-                    use_int4_w4a16=False,
-                    per_channel_quant=True,
-                    block_shape=None,
-                )
-
-            gate_up = _resize_cache(workspace2, (n_tokens, top_k, n))
-            inner = _resize_cache(workspace13, (n_tokens * top_k, self.adjust_N_for_activation(n, activation)))
-            down = _resize_cache(workspace2, (n_tokens, top_k, k))
-            product(hidden_states, w1, self.w1_scale, gate_up, top_k, False)
-            self.activation(activation, inner, gate_up.view(-1, n))
-            product(inner, w2, self.w2_scale, down, 1, not apply_router_weight_on_input)
-            ops.moe_sum(down, output)
-
-    return Int8Experts

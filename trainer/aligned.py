@@ -20,7 +20,7 @@ from qarl.kernels.activation import silu_and_multiply
 from qarl.kernels.dispatch import Codes, choose, has_engine
 from qarl.kernels.linear import Arithmetic, Prepared, aligned_experts, aligned_linear, plain_experts
 from qarl.kernels.routing import collect, route, row_weights, spread
-from qarl.trainer.chain import Router, follow_engine
+from qarl.trainer.chain import Router, follow_engine, unknown
 
 
 class AlignedModel:
@@ -29,7 +29,10 @@ class AlignedModel:
     def __init__(
         self, model: nn.Module, format: QuantFormat, backend: str, device_type: str, dtype: torch.dtype
     ) -> None:
-        """Swaps forwards in place. Backend `none` aligns nothing: the learner computes unquantized."""
+        """Swaps forwards in place. Backend `none` aligns nothing: the learner computes unquantized, by transformers' own ops.
+
+        By `auto` a 16-bit model that nothing quantizes follows the engine too, where it is known how: in all but the products.
+        """
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         self.covered = {name: shape for name, shape in shapes.items() if format.covers(name, shape)}
         for name, shape in self.covered.items():
@@ -40,23 +43,34 @@ class AlignedModel:
             self.backend = choose(format.name, backend, device_type, dtype)
             self._arithmetic = Arithmetic(format.name, format.group, self.backend, dtype)
             self._swap(model)
-            # `fused` computes the engine's products where the engine's own are too slow: the rest is then the engine's.
-            by_auto = backend == "auto" and self.backend == "fused" and has_engine(device_type, dtype)
-            self.follows_engine = self.backend == "engine" or by_auto
         elif device_type == "cuda" and dtype == torch.bfloat16:
             move_plain_experts(model)
+        self.follows_engine = self._follows(model, backend, device_type, dtype)
         if self.follows_engine:
             assert isinstance(model, PreTrainedModel)
             follow_engine(model, device_type)
 
     def describe(self) -> str:
         """How the learner computes, in a few words for the start of a run."""
+        others = f"other ops {'engine' if self.follows_engine else 'torch'}"
         if not self.covered:
-            return "nothing is quantized"
+            return f"nothing is quantized, {others}"
         if self.backend == "none":
             return "not aligned (learner.backend is none)"
         how = " (dequantized as Marlin does)" if self._format.weight == "int4" else ""
-        return f"products {self.backend}{how}, other ops {'engine' if self.follows_engine else 'torch'}"
+        return f"products {self.backend}{how}, {others}"
+
+    def _follows(self, model: nn.Module, asked: str, device_type: str, dtype: torch.dtype) -> bool:
+        """Whether the engine's ops are wanted between products, and here."""
+        if asked != "auto" or self.backend == "engine":
+            return self.backend == "engine"
+        if self.covered:  # `fused` computes the engine's products where the engine's own are too slow
+            may = self.backend == "fused"
+        elif dtype == torch.float32:  # a last bit is 1e-7 and decides no code: 3e-6 nats a token either way
+            may = False
+        else:
+            may = isinstance(model, PreTrainedModel) and unknown(model.config, device_type) is None
+        return may and has_engine(device_type, dtype)
 
     def invalidate(self) -> None:
         """Forget all codes: the weights have changed."""

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from qarl.errors import ConfigError
+from qarl.kernels.attention import CPU_HEADS
 from qarl.kernels.norm import fused_rms_norm
 from qarl.kernels.rotary import ROPE_TYPES, engine_rotary, rotary_table
 from qarl.kernels.router import engine_top_experts, top_experts
@@ -31,15 +32,30 @@ _NORMS = ("input_layernorm", "post_attention_layernorm", "norm", "q_norm", "k_no
 def follow_engine(model: PreTrainedModel, device_type: str) -> None:
     """Swaps forwards in place. Raises `ConfigError` where it is not known how the engine computes this model."""
     config: Any = model.config
-    if config.model_type not in ARCHITECTURES:
-        _refuse(f"the engine's forward of {config.model_type!r} is not known (known: {', '.join(ARCHITECTURES)})")
+    if why := unknown(config, device_type):
+        _refuse(why)
     _rotate_as_the_engine(model, config.num_hidden_layers)
     if device_type == "cuda":
-        _check_heads(config)
         _norm_as_the_engine(model)
         _tabulate_as_the_engine(model)
         _route_as_the_engine(model)
     model.set_attn_implementation(PACKED_ENGINE)
+
+
+def unknown(config: Any, device_type: str) -> str | None:
+    """Why a model of this configuration cannot follow the engine on that device; `None` where it can."""
+    if config.model_type not in ARCHITECTURES:
+        return f"the engine's forward of {config.model_type!r} is not known (known: {', '.join(ARCHITECTURES)})"
+    size, parameters = _head_size(config), config.rope_parameters
+    if device_type != "cuda":
+        takes = ", ".join(map(str, CPU_HEADS))
+        return None if size in CPU_HEADS else f"its attention takes heads of {takes} on a CPU, not of {size}"
+    if 64 < size <= 96:
+        return f"its attention sums heads of {size} in another order over its cache than over a whole sequence"
+    rope = parameters.get("rope_type", "default")
+    if rope not in ROPE_TYPES or parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        return f"its table of rotary type {rope!r} is not known (known: {', '.join(ROPE_TYPES)}, of whole heads)"
+    return None
 
 
 def _refuse(why: str) -> None:
@@ -48,16 +64,6 @@ def _refuse(why: str) -> None:
 
 def _head_size(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def _check_heads(config: Any) -> None:
-    size = _head_size(config)
-    if 64 < size <= 96:
-        _refuse(f"its attention sums heads of {size} in another order over its cache than over a whole sequence")
-    parameters = config.rope_parameters
-    rope = parameters.get("rope_type", "default")
-    if rope not in ROPE_TYPES or parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        _refuse(f"its table of rotary type {rope!r} is not known (known: {', '.join(ROPE_TYPES)}, of whole heads)")
 
 
 def _rotate_as_the_engine(model: nn.Module, n_layers: int) -> None:

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 
 from benchmarks import kernels, timing
+from benchmarks.floors import ideal_ratio
 from benchmarks.rows import Bar, Report
 from qarl.errors import ConfigError
 
@@ -34,6 +35,25 @@ def test_ratios_are_of_neighbours_and_the_strictest_baseline_counts(monkeypatch)
     assert row["ratio"] == row["ratio_fast"] == pytest.approx((15 / 15 + 60 / 30) / 2)
     assert row["ratio_slow"] == pytest.approx((15 / 40 + 60 / 60) / 2)
     assert row["ratio_quartiles"] == pytest.approx([1.25, 1.75])
+
+
+def test_the_ratio_of_an_ideal_layer():
+    """8192 tokens of 1000: 24.576 MB at 1 TB/s are 0.024576 ms. Forward: half a product; with backward: 2.5 of 3."""
+    ceilings = timing.Ceilings(copy_bytes_s=1e12, bf16_flop_s=1e15)
+    assert ideal_ratio(ceilings, 8192, 1000, 0.2, 1.0) == pytest.approx((0.024576 + 0.1) / 0.2)
+    assert ideal_ratio(ceilings, 8192, 1000, 0.6, 1 / 3) == pytest.approx((0.024576 + 0.1 + 0.4) / 0.6)
+
+
+def test_rows_of_8_bits_that_have_a_bar_say_what_an_ideal_layer_would_take(run_benchmark, monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "_dense_bars", lambda name, *_: (kernels.INFER,) if name == "w8a8_int8" else ())
+    _, rows = run_benchmark(kernels, "--only", "dense")
+    assert "time / bf16 of an ideal w8a8 layer (bars: 0.625 f, 0.870 f+b)" in capsys.readouterr().out
+    bf16 = {(row["m"], row["pass"]): row["ms"] for row in rows if row["format"] == "bf16"}
+    for row in rows:
+        assert ("ideal_ratio" in row) == (row["format"] == "w8a8_int8" and row["pass"] != "quantize+fwd+bwd")
+        if "ideal_ratio" in row:
+            share = bf16[row["m"], "fwd"] / bf16[row["m"], row["pass"]]
+            assert row["ideal_ratio"] > 1 - share / 2  # by the tokens
 
 
 def test_a_broken_kernel_fails_its_rows_and_the_command_and_the_others_go_on(run_benchmark, monkeypatch):

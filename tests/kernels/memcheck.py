@@ -50,7 +50,7 @@ def products() -> None:
         operand = w8a8_int8_fused.prepare(w8a8_int8_fused.quantize(random(n, k)), None, torch.bfloat16)
         w8a8_int8_fused.product(random(m, k), operand, random(n))
     x, row_weights = random(140, 48), torch.rand(140, device="cuda")
-    for module, group in ((w8a8_int8_fused, None), (w4a16_fused, 8)):
+    for module, group in ((w8a8_int8_fused, None), (w8a8_fp8_fused, None), (w4a16_fused, 8)):
         operand = module.prepare(module.quantize(random(5, 200, 48), group), group, torch.bfloat16)
         module.grouped_product(x, operand, offsets, row_weights)
         module.grouped_product(x, operand, offsets)

@@ -324,3 +324,11 @@ def test_plain_experts_compute_what_their_definition_says(device, weighted):
         torch.autograd.grad(y, learned, dy), torch.autograd.grad(expected, learned, dy.to(expected.dtype)), strict=True
     ):
         torch.testing.assert_close(ours.float(), theirs.float(), rtol=0.05, atol=0.05)
+
+
+def test_router_weights_of_plain_experts_stay_float32(device):
+    """As in vLLM, whose router's are; the product with a rounded row is rounded once."""
+    x, weight = (torch.randn(shape, device=device).bfloat16() for shape in ((6, 16), (3, 8, 16)))
+    weights, offsets = torch.rand(6, device=device), torch.tensor([2, 2, 6], dtype=torch.int32, device=device)
+    y = plain_experts(x, weight, offsets, weights)
+    assert torch.equal(y, (plain_experts(x, weight, offsets).float() * weights[:, None]).bfloat16())

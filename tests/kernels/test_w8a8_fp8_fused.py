@@ -1,4 +1,4 @@
-"""e4m3 by Triton and torch: codes against the definition, products against float64.
+"""e4m3 by Triton and torch: codes against the definition, products against float64 (and vLLM's: test_w8a8_engines).
 
 Triton's interpreter does not round to e4m3 as the hardware does (half to even), so codes are compared on a GPU; without
 one: scales, layouts, values that e4m3 holds exactly, and the quotients that are rounded.
@@ -104,14 +104,16 @@ def test_dequantize_equals_the_definition(device: str) -> None:
     assert torch.equal(ours.nan_to_num(-1), w8a8_fp8.dequantize(stored, None, torch.float32).nan_to_num(-1))
 
 
-def test_prepare_pads_to_multiples_of_16_and_keeps_no_copy_where_it_need_not(device: str) -> None:
-    codes = w8a8_fp8.quantize(torch.randn(2, 48, 32, device=device))
+@pytest.mark.parametrize("experts", [(), (2,)])
+def test_prepare_pads_what_must_be_and_keeps_no_copy_where_it_need_not(experts: tuple[int, ...], device: str) -> None:
+    """K to multiples of 16, and a matrix's N."""
+    codes = w8a8_fp8.quantize(torch.randn(*experts, 48, 32, device=device))
     assert fused.prepare(codes, None, torch.bfloat16).codes.data_ptr() == codes["weight"].data_ptr()
-    odd = w8a8_fp8.quantize(torch.randn(2, 33, 17, device=device))
-    operand = fused.prepare(odd, None, torch.bfloat16)
-    assert operand.codes.shape == (2, 48, 32) and operand.scale.shape == (2, 48, 1) and operand.n == 33
-    assert torch.equal(operand.codes[:, :33, :17].float(), odd["weight"].float())
-    assert operand.codes.float().abs().sum() == odd["weight"].float().abs().sum()
+    odd = w8a8_fp8.quantize(torch.randn(*experts, 33, 17, device=device))
+    operand, n = fused.prepare(odd, None, torch.bfloat16), 33 if experts else 48
+    assert operand.codes.shape == (*experts, n, 32) and operand.scale.shape == (*experts, n, 1) and operand.n == 33
+    assert torch.equal(operand.codes[..., :33, :17].float(), odd["weight"].float())
+    assert torch.equal(operand.scale[..., :33, :], odd["weight_scale"])
 
 
 def test_it_is_refused_where_it_does_not_run() -> None:

@@ -1,8 +1,4 @@
-"""int8 by Triton: codes, products and experts against the definition, bit for bit.
-
-Without a GPU the kernels run in Triton's interpreter, which truncates where a GPU rounds to bfloat16: what is compared
-there is the float32 before that step.
-"""
+"""int8 by Triton: codes, products and experts against the definition, bit for bit. (The sums alone: test_products_fused.)"""
 
 from __future__ import annotations
 
@@ -12,7 +8,6 @@ from torch import Tensor
 
 from qarl.kernels import w8a8_int8
 from qarl.kernels import w8a8_int8_fused as fused
-from qarl.kernels.epilogue import rescale, rescale_experts
 from qarl.kernels.rows_fused import dequantize_rows, quantize_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy in the interpreter: 127 / 0
@@ -35,29 +30,6 @@ def hostile_rows(k: int, device: str) -> Tensor:
     x[15] *= 1e-38
     x[16] = torch.finfo(torch.bfloat16).max
     return x.bfloat16().to(device)
-
-
-def exact_sum(x: Tensor, w: Tensor) -> Tensor:
-    return (x.double() @ w.double().t()).float()
-
-
-def experts_reference(
-    codes: Tensor,
-    scale: Tensor,
-    weight: w8a8_int8.Codes,
-    offsets: Tensor,
-    row_weights: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    y = torch.zeros(len(codes), weight["weight"].shape[1], dtype=dtype, device=codes.device)
-    start = 0
-    for expert, end in enumerate(offsets.tolist()):
-        rows = slice(start, end)
-        acc = exact_sum(codes[rows], weight["weight"][expert])
-        weights = None if row_weights is None else row_weights[rows]
-        y[rows] = rescale_experts(acc, scale[rows], weight["weight_scale"][expert], weights, dtype)
-        start = end
-    return y
 
 
 @pytest.mark.parametrize("k", [1, 16, 33, 768, 4096, 12280])
@@ -117,29 +89,6 @@ def test_tokens_follow_vllms_cuda_rule(k: int, device: str) -> None:
     assert torch.equal(codes, expected)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 7, 33), (70, 130, 256), (130, 40, 300), (64, 128, 128)])
-@pytest.mark.parametrize("biased", [False, True])
-def test_product_is_the_exact_sum_rescaled(shape: tuple[int, int, int], biased: bool, device: str) -> None:
-    m, n, k = shape
-    weight = w8a8_int8.quantize(torch.randn(n, k, device=device).bfloat16())
-    codes, scale = fused.quantize_tokens(torch.randn(m, k, device=device).bfloat16())
-    bias = torch.randn(n, device=device).bfloat16() if biased else None
-    operand = fused.prepare(weight, None, torch.bfloat16)
-    y = fused.multiply(codes, scale, operand, bias, torch.float32)
-    acc = exact_sum(codes, weight["weight"])
-    assert torch.equal(y, rescale(acc, scale, weight["weight_scale"], bias, torch.float32))
-
-
-def test_the_sum_is_exact_beyond_what_float32_holds(device: str) -> None:
-    """Codes of one sign near 127: sums beyond 2^24, odd among them."""
-    weight = torch.randint(120, 128, (20, 4112), dtype=torch.int8, device=device)
-    codes = torch.randint(120, 128, (10, 4112), dtype=torch.int8, device=device)
-    one = torch.ones(20, 1, device=device)
-    operand = fused.prepare({"weight": weight, "weight_scale": one}, None, torch.bfloat16)
-    y = fused.multiply(codes, torch.ones(10, 1, device=device), operand, None, torch.float32)
-    assert torch.equal(y, exact_sum(codes, weight)) and y.max() > 2**24
-
-
 def test_no_rows(device: str) -> None:
     operand = fused.prepare(w8a8_int8.quantize(torch.randn(8, 16, device=device)), None, torch.bfloat16)
     assert fused.product(torch.empty(0, 16, device=device).bfloat16(), operand).shape == (0, 8)
@@ -169,28 +118,9 @@ def test_prepare_keeps_no_copy(device: str) -> None:
     assert operand.codes.data_ptr() == codes["weight"].data_ptr()
 
 
-@pytest.mark.parametrize("offset_dtype", [torch.int32, torch.int64])
-@pytest.mark.parametrize(
-    ("counts", "after"),
-    [([3, 0, 5, 0], 2), ([0, 0, 0, 70], 0), ([130, 1, 0, 0, 7], 5), ([0, 0], 4), ([9], 0), ([64, 64, 64], 0)],
-)
-@pytest.mark.parametrize("weighted", [False, True])
-def test_experts(counts: list[int], after: int, weighted: bool, offset_dtype: torch.dtype, device: str) -> None:
-    offsets = torch.tensor(counts, device=device).cumsum(0).to(offset_dtype)
-    m = sum(counts) + after
-    weight = w8a8_int8.quantize(torch.randn(len(counts), 20, 40, device=device).bfloat16())
-    x = torch.randn(m, 40, device=device).bfloat16()
-    x[sum(counts) :] = float("nan")  # of no expert: their rows are 0 all the same
-    row_weights = torch.rand(m, device=device) if weighted else None
-    codes, scale = fused.quantize_tokens(x)
-    operand = fused.prepare(weight, None, torch.bfloat16)
-    y = fused.multiply_grouped(codes, scale, operand, offsets, row_weights, torch.float32)
-    assert torch.equal(y, experts_reference(codes, scale, weight, offsets, row_weights, torch.float32))
-
-
 def test_it_is_refused_where_it_does_not_run() -> None:
     assert "cuda only" in str(fused.refusal("cpu", torch.bfloat16))
-    assert "not torch.float32" in str(fused.refusal("cuda", torch.float32))
+    assert fused.refusal("cuda", torch.float32) is not None
 
 
 @pytest.mark.gpu
@@ -235,8 +165,7 @@ def test_true_experts(shape: tuple[int, int], m: int) -> None:
     x = torch.randn(int(offsets[-1]) + 33, k, device="cuda").bfloat16()
     row_weights = torch.rand(len(x), device="cuda")
     y = fused.grouped_product(x, fused.prepare(weight, None, torch.bfloat16), offsets, row_weights)
-    codes, scale = fused.quantize_tokens(x)
-    assert torch.equal(y, experts_reference(codes, scale, weight, offsets, row_weights, torch.bfloat16))
+    assert torch.equal(y, w8a8_int8.grouped_product(x, weight, offsets, row_weights))
 
 
 @pytest.mark.gpu

@@ -87,6 +87,17 @@ def test_few_rows_in_e4m3_are_multiplied_as_many(monkeypatch, fp8_kernel, shape)
     assert torch.equal(y, expected[:, : n - 3].reshape(*shape, n - 3))
 
 
+@pytest.mark.parametrize("dtype, columns", [("fp8_w8a8", 64), (None, 32), ("int4_w4a16", 32)])
+def test_no_tile_of_e4m3_experts_is_multiplied_as_float16(monkeypatch, dtype, columns):
+    from vllm.model_executor.layers.fused_moe.experts import triton_moe
+
+    tile = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 32, "BLOCK_SIZE_K": 256, "num_warps": 4}
+    monkeypatch.setattr(triton_moe, "try_get_optimal_moe_config", lambda *_, **__: tile)
+    patches._fp8_experts()
+    chosen = triton_moe.try_get_optimal_moe_config((8, 64, 32), (8, 32, 32), 2, dtype, 4, block_shape=None)
+    assert chosen == tile | {"BLOCK_SIZE_N": columns} and tile["BLOCK_SIZE_N"] == 32
+
+
 @pytest.mark.parametrize("heads, declared", [(64, {1: 65, 64: 65, 65: 65, 900: 900}), (128, {1: 1, 64: 64, 900: 900})])
 def test_narrow_heads_declare_a_query_that_is_not_short(monkeypatch, heads, declared):
     from vllm.v1.attention.backend import CommonAttentionMetadata

@@ -109,7 +109,7 @@ def test_experts_multiply_by_the_function_that_saves_one_tensor(models, monkeypa
 
 def test_covered_is_what_the_format_covers(models):
     model = open_model(models["moe"])
-    aligned = AlignedModel(model, get("w8a8_int8"), "auto", "cpu", torch.float32)
+    aligned = AlignedModel(model, get("w8a8_int8"), "emulated", "cpu", torch.float32)
     names = {name.removeprefix("model.layers.0.") for name in aligned.covered if "layers.0" in name}
     attention = {f"self_attn.{p}_proj.weight" for p in "qkvo"}
     assert names == attention | {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
@@ -139,7 +139,7 @@ def test_stale_codes_are_served_until_invalidated(models):
 @pytest.mark.parametrize(
     ("name", "backend", "line"),
     [
-        ("bf16", "auto", "nothing is quantized"),
+        ("bf16", "none", "nothing is quantized, other ops torch"),
         ("w8a8_fp8", "none", "not aligned (learner.backend is none)"),
         ("w8a8_fp8", "emulated", "products emulated, other ops torch"),
         ("w4a16_g32", "emulated", "products emulated (dequantized as Marlin does), other ops torch"),
@@ -170,6 +170,35 @@ def test_other_ops_are_the_engines_where_its_values_are_wanted(models, monkeypat
     assert aligned.backend == chosen and aligned.follows_engine == follows
     assert followed == (["cpu"] if follows else [])
     assert f"other ops {'engine' if follows else 'torch'}" in aligned.describe()
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize(
+    ("requested", "here", "known", "dtype", "follows"),
+    [
+        ("auto", True, True, torch.bfloat16, True),
+        ("auto", True, True, torch.float32, False),
+        ("auto", False, True, torch.bfloat16, False),
+        ("auto", True, False, torch.bfloat16, False),
+        ("none", True, True, torch.bfloat16, False),
+        ("emulated", True, True, torch.bfloat16, False),
+    ],
+)
+def test_by_auto_a_model_that_is_not_quantized_follows_too_where_it_is_known_how(
+    models, monkeypatch, kind, requested, here, known, dtype, follows
+):
+    followed: list[str] = []
+    monkeypatch.setattr(aligned_module, "has_engine", lambda *arguments: here)
+    monkeypatch.setattr(aligned_module, "follow_engine", lambda model, device: followed.append(device))
+    model = open_model(models[kind])
+    if not known:
+        model.config.model_type = "mistral"
+    aligned = AlignedModel(model, get("bf16"), requested, "cuda", dtype)
+    assert aligned.backend == "none" and aligned.follows_engine == follows
+    assert followed == (["cuda"] if follows else [])
+    assert aligned.describe() == f"nothing is quantized, other ops {'engine' if follows else 'torch'}"
+    moved = [isinstance(module.forward, aligned_module._Experts) for module in model.modules()]
+    assert sum(moved) == (len(model.model.layers) if kind == "moe" and dtype == torch.bfloat16 else 0)
 
 
 def test_router_weights_of_a_bfloat16_model_are_float32(models):

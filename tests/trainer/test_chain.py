@@ -20,7 +20,7 @@ from qarl.kernels.attention import cumulative_lengths
 from qarl.kernels.dispatch import backends
 from qarl.kernels.router import engine_top_experts
 from qarl.trainer.attention import PACKED, PACKED_ENGINE, positions
-from qarl.trainer.chain import Router, _Angles, _Norm, follow_engine
+from qarl.trainer.chain import Router, _Angles, _Norm, follow_engine, unknown
 
 engine = pytest.mark.skipif(
     backends("w8a8_int8", "cpu", torch.float32)["engine"] is not None, reason="this machine's vLLM has no CPU ops"
@@ -114,6 +114,14 @@ def test_an_unknown_architecture_is_refused():
 def test_heads_that_the_cache_would_sum_in_another_order_are_refused():
     with pytest.raises(ConfigError, match=r"learner.backend.*heads of 96"):
         follow_engine(make("qwen3", head_dim=96), "cuda")
+
+
+def test_whether_a_model_can_follow_is_told_without_touching_it():
+    model = make("qwen3", head_dim=96)
+    assert unknown(make("qwen3_moe").config, "cuda") is None and unknown(model.config, "cpu") is None
+    assert "heads of 96" in str(unknown(model.config, "cuda"))
+    assert "not of 16" in str(unknown(make("qwen3", head_dim=16).config, "cpu"))
+    assert not [path for path, module in model.named_modules() if "forward" in vars(module)]
 
 
 def test_an_unknown_rotary_type_is_refused():
