@@ -92,4 +92,8 @@ def _fits(name: str, part: str, published: Spec, wanted: Spec) -> None:
         and torch.promote_types(published.dtype, wanted.dtype) == wanted.dtype
     )
     if published.dtype != wanted.dtype and not widens:
-        raise SyncError(f"{name} ({part}) is {published.dtype}, the engine holds {wanted.dtype}")
+        raise SyncError(f"{name} ({part}) is {_name(published.dtype)}, the engine holds {_name(wanted.dtype)}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -138,7 +138,11 @@ def _tolerance(rig: Rig) -> float:
     """Rounding of inputs turns float noise into whole codes now and then; without VNNI, oneDNN saturates besides."""
     if rig.format != "w8a8_int8":
         return 1e-4
-    return 1e-2 if rig.name == "torch" or torch.cpu._is_vnni_supported() else 0.3
+    return 0.3 if _saturates(rig) else 1e-2
+
+
+def _saturates(rig: Rig) -> bool:
+    return rig.format == "w8a8_int8" and rig.name == "vllm" and not torch.cpu._is_vnni_supported()
 
 
 def test_tokens_follow_the_distribution(rig: Rig, reference_logits):
@@ -154,6 +158,8 @@ def test_tokens_follow_the_distribution(rig: Rig, reference_logits):
 
 
 def test_top_k_draws_from_the_largest_only(rig: Rig, reference_logits):
+    if _saturates(rig):
+        pytest.skip("oneDNN saturates on this CPU: the reference's two largest logits need not be the engine's")
     completions = rig.engine.generate(PROMPTS[:1], replace(SHORT, max_tokens=1, top_k=2), np.arange(40)[None])
     logits = reference_logits(rig.model, rig.format, torch.from_numpy(PROMPTS[0].tokens))[-1]
     largest = logits.topk(2)
@@ -347,7 +353,7 @@ def test_a_wrong_shape_and_a_wrong_dtype_are_named(rig: Rig):
     shaped = _with(update, "model.norm", weight=replace(wire, shape=(2, 64)))
     _refused(rig, shaped, r"model.norm \(weight\) has shape \[2, 64\], the engine holds \[128\]")
     typed = _with(rig.publish(), "model.norm", weight=replace(wire, dtype="int32"))
-    _refused(rig, typed, r"model.norm \(weight\) is int32, the engine holds torch.float32")
+    _refused(rig, typed, r"model.norm \(weight\) is int32, the engine holds float32")
 
 
 def test_another_format_is_a_contract_mismatch(rig: Rig, weights, published):
