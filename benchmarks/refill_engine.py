@@ -60,12 +60,12 @@ class Served:
 
     def proof(self, canaries: Any) -> float:
         """Seconds of what a sync does for its proof alone, on this side: reading all weights back, their sums, canaries."""
-        from qarl.kernels.checksum import collect, pending
+        from qarl.kernels.checksum import collect
 
         refill = getattr(self.engine, "_refill", None)
         start = time.perf_counter()
         if refill:
-            collect([pending(home.read()) for parts in refill.homes.values() for home in parts.values()])
+            collect([one for parts in refill.read_back().values() for one in parts.values()])
         self.engine.score(canaries, [1] * len(canaries))
         return time.perf_counter() - start
 

@@ -33,8 +33,7 @@ def checksum(tensor: Tensor) -> int:
 def pending(tensor: Tensor) -> Tensor:
     """The same as the int64 of equal bits, [] on the tensor's device: nothing waits for it before `collect`."""
     words, n_bytes = words_of(tensor)
-    # Without the length, zero bytes at the end would not count.
-    total = torch.full((), _int64(n_bytes * _LENGTH), dtype=torch.int64, device=words.device)
+    total = torch.full((), length_term(n_bytes), dtype=torch.int64, device=words.device)
     if words.is_cuda:
         from qarl.kernels import checksum_fused
 
@@ -45,6 +44,55 @@ def pending(tensor: Tensor) -> Tensor:
 def collect(sums: Sequence[Tensor]) -> list[int]:
     """Checksums, each 0 … 2^64-1, from what `pending` gave for tensors of one device: one transfer, one wait."""
     return [value % (1 << 64) for value in torch.stack(list(sums)).tolist()] if sums else []
+
+
+class Fixed:
+    """The checksums of tensors that stay where they are, again and again: on CUDA all of them in one launch."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        """Contiguous, of one device; a view is held of each."""
+        self._tensors = list(tensors)
+        self._table: tuple[Tensor, ...] = ()
+        if self._tensors and self._tensors[0].is_cuda and all(_is_whole(tensor) for tensor in self._tensors):
+            self._table = _tables(self._tensors)
+
+    def pending(self) -> Tensor:
+        """int64 [n], as `pending` of each."""
+        if not self._table:
+            return (
+                torch.stack([pending(tensor) for tensor in self._tensors])
+                if self._tensors
+                else torch.empty(0, dtype=torch.int64)
+            )
+        from qarl.kernels import checksum_fused
+
+        pointers, counts, owners, firsts, terms = self._table
+        return checksum_fused.add_tables(pointers, counts, owners, firsts, terms.clone())
+
+
+def length_term(n_bytes: int) -> int:
+    """What the length of a tensor adds to its checksum, as a signed integer: without it, zero bytes at the end would not count."""
+    return _int64(n_bytes * _LENGTH)
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether its bytes are whole words that a kernel can load 16 bytes at a time."""
+    return tensor.is_contiguous() and tensor.nbytes % 8 == 0 and tensor.data_ptr() % 16 == 0
+
+
+def _tables(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """What `checksum_fused.add_tables` takes, and the lengths' terms, on the device."""
+    from qarl.kernels.checksum_fused import PER_PROGRAM
+
+    device = tensors[0].device
+    counts = torch.tensor([tensor.nbytes // 8 for tensor in tensors])
+    programs = -(-counts // PER_PROGRAM)
+    owners = torch.repeat_interleave(torch.arange(len(tensors), dtype=torch.int32), programs)
+    before = torch.repeat_interleave(programs.cumsum(0) - programs, programs)
+    firsts = (torch.arange(len(owners)) - before) * PER_PROGRAM
+    pointers = torch.tensor([tensor.data_ptr() for tensor in tensors])
+    terms = torch.tensor([length_term(tensor.nbytes) for tensor in tensors])
+    return tuple(table.to(device) for table in (pointers, counts, owners, firsts, terms))
 
 
 def words_of(tensor: Tensor) -> tuple[Tensor, int]:

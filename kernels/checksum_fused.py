@@ -48,3 +48,42 @@ def _add_words_kernel(words, total, n_words, BLOCK: tl.constexpr, STEPS: tl.cons
         parts += tl.where(there, x, 0)
         keys += BLOCK * _GOLDEN % 2**64
     tl.atomic_add(total, tl.sum(parts, 0).to(tl.int64, bitcast=True), sem="relaxed")
+
+
+def add_tables(pointers: Tensor, counts: Tensor, owners: Tensor, firsts: Tensor, totals: Tensor) -> Tensor:
+    """totals int64 [n] += Σ mix(word + key(position)) of each of n tensors, in one launch.
+
+    pointers, counts int64 [n]: where each begins, a multiple of 16, and its words. owners int32, firsts int64 [programs]: of each
+    program its tensor and its first word there, `PER_PROGRAM` apart.
+    """
+    with torch.cuda.device_of(totals):
+        _add_tables_kernel[(len(owners),)](pointers, counts, owners, firsts, totals, BLOCK=_BLOCK, STEPS=_STEPS)
+    return totals
+
+
+PER_PROGRAM = _BLOCK * _STEPS
+"""Words of a program."""
+
+
+@triton.jit
+def _add_tables_kernel(pointers, counts, owners, firsts, totals, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+    owner = tl.load(owners + tl.program_id(0))
+    start = tl.load(firsts + tl.program_id(0))
+    words = tl.multiple_of(tl.load(pointers + owner), 16).to(tl.pointer_type(tl.int64))
+    n_words = tl.load(counts + owner)
+    parts = tl.zeros([BLOCK], tl.uint64)
+    at = tl.arange(0, BLOCK)
+    for step in tl.static_range(STEPS):
+        first = start + step * BLOCK
+        there = at < tl.minimum(n_words - first, BLOCK)
+        x = tl.load(words + first + at, there, other=0).to(tl.uint64, bitcast=True)
+        parts += tl.where(there, mixed(x, first + at), 0)
+    tl.atomic_add(totals + owner, tl.sum(parts, 0).to(tl.int64, bitcast=True), sem="relaxed")
+
+
+@triton.jit
+def mixed(word, position):
+    """mix(word + key(position)), uint64, of words uint64 at positions int64."""
+    x = word + position.to(tl.uint64) * _GOLDEN
+    x = (x ^ (x >> 33)) * _FIRST
+    return (x ^ (x >> 33)) * _SECOND

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qarl.kernels.checksum import length_term
+from qarl.kernels.checksum_fused import mixed
 from qarl.kernels.marlin import _packed_tiles, _tiles, destination
 
 _BLOCK = 16
@@ -38,6 +40,19 @@ def unpack(packed: Tensor) -> Tensor:
     codes = packed.new_empty((*experts, 64 * blocks, 2 * tiles))
     _launch(_unpack_kernel, packed.contiguous(), codes, blocks, tiles)
     return codes
+
+
+@torch.no_grad()
+def pending_checksum(packed: Tensor) -> Tensor:
+    """`checksum.pending` of `unpack(packed)`, int64 [], without writing that."""
+    *experts, blocks, tiles = _packed_tiles(packed)
+    total = torch.full((), length_term(packed.nbytes), dtype=torch.int64, device=packed.device)
+    if packed.numel():
+        strips = packed.numel() // (128 * tiles)
+        with torch.cuda.device_of(packed):
+            grid = (strips * triton.cdiv(tiles, _BLOCK),)
+            _checksum_kernel[grid](packed.contiguous(), total, blocks, tiles, BLOCK=_BLOCK)
+    return total
 
 
 def _launch(kernel: triton.JITFunction, source: Tensor, target: Tensor, blocks: int, tiles: int) -> None:
@@ -69,7 +84,38 @@ def _pack_kernel(codes, packed, blocks, tiles, BLOCK: tl.constexpr):
 def _unpack_kernel(packed, codes, blocks, tiles, BLOCK: tl.constexpr):
     """packed int32 [E, tiles, 128 · blocks] -> codes int32 [E, 64 · blocks, 2 · tiles]; BLOCK tiles of one strip."""
     rows, there, words, inside = _places(codes, packed, blocks, tiles, BLOCK)
-    value = tl.reshape(tl.load(words, inside), (BLOCK, 8, 4, 4))
+    low_0, low_1, high_0, high_1 = _unpacked(tl.load(words, inside), BLOCK)
+    low, high = tl.join(low_0, low_1), tl.join(high_0, high_1)
+    tl.store(rows, tl.reshape(low, (32, 2 * BLOCK)), there)
+    tl.store(rows + 16 * tiles, tl.reshape(high, (32, 2 * BLOCK)), there)
+
+
+@triton.jit
+def _checksum_kernel(packed, total, blocks, tiles, BLOCK: tl.constexpr):
+    """total int64 [] += the checksum's sum over the codes of BLOCK tiles of one strip, as `_unpack_kernel` would write them."""
+    _, _, words, inside = _places(packed, packed, blocks, tiles, BLOCK)
+    low_0, low_1, high_0, high_1 = _unpacked(tl.load(words, inside, other=0), BLOCK)
+    n_programs = tl.cdiv(tiles, BLOCK)
+    strip, first = tl.program_id(0) // n_programs, tl.program_id(0) % n_programs * BLOCK
+    row, tile = tl.arange(0, 32), first + tl.arange(0, BLOCK)
+    n = strip.to(tl.int64) * 64 + 16 * (row % 4) + row // 4
+    position = n[:, None] * tiles + tile[None, :]
+    parts = mixed(_word(low_0, low_1), position) + mixed(_word(high_0, high_1), position + 8 * tiles)
+    parts = tl.where((tile < tiles)[None, :], parts, 0)
+    tl.atomic_add(total, tl.sum(tl.sum(parts, 1), 0).to(tl.int64, bitcast=True), sem="relaxed")
+
+
+@triton.jit
+def _word(low, high):
+    """Two int32 as the uint64 that they are in memory, low before high."""
+    wide = (high.to(tl.uint32, bitcast=True).to(tl.uint64)) << 32
+    return wide | low.to(tl.uint32, bitcast=True).to(tl.uint64)
+
+
+@triton.jit
+def _unpacked(words, BLOCK: tl.constexpr):
+    """[BLOCK, 128] of Marlin's -> words of the codes [column · j, BLOCK]: even and odd ones of half 0, and of half 1."""
+    value = tl.reshape(words, (BLOCK, 8, 4, 4))
     even, odd = tl.split(tl.reshape(tl.permute(value, (1, 3, 0, 2)), (32, BLOCK, 2, 2)))
     c0, c2 = tl.split(even)
     c1, c3 = tl.split(odd)
@@ -80,9 +126,7 @@ def _unpack_kernel(packed, codes, blocks, tiles, BLOCK: tl.constexpr):
     b23, b67 = _exchange(b23, b67, 16, 0x0000FFFF)
     low_0, low_1 = _exchange(b01, b45, 4, 0x0F0F0F0F)
     high_0, high_1 = _exchange(b23, b67, 4, 0x0F0F0F0F)
-    low, high = tl.join(low_0, low_1), tl.join(high_0, high_1)
-    tl.store(rows, tl.reshape(low, (32, 2 * BLOCK)), there)
-    tl.store(rows + 16 * tiles, tl.reshape(high, (32, 2 * BLOCK)), there)
+    return low_0, low_1, high_0, high_1
 
 
 @triton.jit

@@ -20,12 +20,14 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from qarl.errors import SyncError
 from qarl.fusion import module_of
+from qarl.kernels.checksum import Fixed
 from qarl.records import Tile, WeightUpdate, WireTensor
-from qarl.wire import Spec, Specs, from_wire, spec_of
+from qarl.wire import Spec, Specs, from_wire, named_sums, spec_of
 
 SLOTS = 2
 """Buffers: one is read while the other is filled."""
@@ -104,11 +106,12 @@ class Plan:
     def size(self, bucket: int) -> int:
         return _size(self.buckets[bucket])
 
-    def views(self, bucket: int, buffer: Tensor) -> Tensors:
-        """The bucket's tensors in that buffer."""
-        found: Tensors = {}
-        for place in self.buckets[bucket]:
-            found.setdefault(place.name, {})[place.part] = place.view(buffer)
+    def rooms(self, buffers: Sequence[Tensor]) -> list[Tensors]:
+        """Each bucket's tensors, in the buffer of its slot."""
+        found: list[Tensors] = [{} for _ in self.buckets]
+        for i, bucket in enumerate(self.buckets):
+            for place in bucket:
+                found[i].setdefault(place.name, {})[place.part] = place.view(buffers[i % SLOTS])
         return found
 
 
@@ -191,11 +194,14 @@ class Outlet:
         """`peers` know the carrier already; they are told the plan."""
         self.plan, self.carrier, self._peers = plan, carrier, list(peers)
         self._bucket_of = {place.name: i for i, bucket in enumerate(plan.buckets) for place in bucket}
+        self._rooms = plan.rooms(carrier.buffers)
+        self._fixed = [Fixed([part for parts in room.values() for part in parts.values()]) for room in self._rooms]
         self._tell(plan)
 
     def begin(self, version: int, format: str, contract_hash: str) -> None:
         """A version is coming. Raises `PeerLost`, as every method."""
         self.version, self._bucket, self._done = version, -1, 0
+        self._sums: list[Tensor] = []
         self.wait_s = 0.0
         """Seconds waited for engines to let go of a buffer."""
         self._tell((version, format, contract_hash))
@@ -208,15 +214,19 @@ class Outlet:
                 self._await_release()
                 self.carrier.claim(bucket % SLOTS)
             self._bucket, self._done = bucket, 0
-            self._views = self.plan.views(bucket, self.carrier.buffers[bucket % SLOTS])
-        return self._views[name]
+        return self._rooms[bucket][name]
 
     def done(self, name: str) -> None:
         """All parts of this tensor are written, or queued to be."""
         self._done += 1
-        if self._done == len(self._views):
-            self._tell(self._bucket)
+        if self._done == len(self._rooms[self._bucket]):
+            self._sums.append(self._fixed[self._bucket].pending())
             self.carrier.push(self._bucket % SLOTS, self.plan.size(self._bucket))
+            self._tell(self._bucket)
+
+    def checksums(self) -> dict[str, dict[str, int]]:
+        """Of all parts, as they were when their bucket was pushed."""
+        return named_sums(self.plan.specs, torch.cat(self._sums))
 
     def announce(self, manifest: Manifest) -> None:
         """All of the version is on its way."""
@@ -257,6 +267,7 @@ class Inlet:
         self._peer, self.carrier = peer, carrier
         self.plan: Plan = self._hear("its plan")
         self.specs = self.plan.specs
+        self._rooms = self.plan.rooms(carrier.buffers)
 
     def begin(self) -> Inlet:
         """Waits for a version. Raises `SyncError` where the learner is gone, as every method."""
@@ -273,7 +284,7 @@ class Inlet:
                 self.carrier.pull(slot, self.plan.size(bucket))
             except PeerLost as gone:
                 raise SyncError(f"version {self.version}: bucket {bucket} did not arrive: {gone}") from gone
-            yield self.plan.views(bucket, self.carrier.buffers[slot])
+            yield self._rooms[bucket]
             self.carrier.release(slot)
             self._release()
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from qarl.errors import SyncError
 from qarl.formats import QuantFormat, Shape
 from qarl.fusion import covered_shapes, fused_shapes
-from qarl.kernels.checksum import collect
 from qarl.kernels.dispatch import load
 from qarl.records import WireTensor
 
@@ -88,7 +87,7 @@ def from_wire(wire: WireTensor) -> Tensor:
         return torch.from_numpy(wire.data).view(dtype).reshape(wire.shape)
 
 
-def collect_named(sums: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, int]]:
-    """Pending checksums (`kernels.checksum`) of parts of tensors as numbers, in one transfer from the device."""
-    values = iter(collect([one for parts in sums.values() for one in parts.values()]))
-    return {name: {part: next(values) for part in parts} for name, parts in sums.items()}
+def named_sums(specs: Mapping[str, Mapping[str, object]], sums: Tensor) -> dict[str, dict[str, int]]:
+    """Pending checksums int64 [parts], in the order of `specs`, as numbers: one transfer from the device."""
+    values = iter(sums.tolist())
+    return {name: {part: next(values) % (1 << 64) for part in parts} for name, parts in specs.items()}

@@ -23,7 +23,7 @@ from qarl.records import Completion, Prompt, RefillReport, Sampling, WeightUpdat
 from qarl.rollout import proof
 from qarl.stages import Stages
 from qarl.transfer import Address, Delivery, HostDelivery, Inlet, Tensors
-from qarl.wire import Specs, collect_named
+from qarl.wire import Specs, named_sums
 
 
 def open_engine(
@@ -66,12 +66,16 @@ class Engine(ABC):
         """Every tensor this engine's own model wants."""
 
     @abstractmethod
-    def _load(self, tensors: Tensors) -> Tensors:
-        """Serve these from now on. `tensors`: as `_expected`, of whole modules, read-only views.
+    def _load(self, tensors: Tensors) -> None:
+        """Serve these from now on. `tensors`: as `_expected`, of whole modules, read-only views."""
 
-        Returns, as they were published but read back from what is served, all parts of those tensors whose layout here can be
-        read back.
-        """
+    def _can_read_back(self, tensor: str) -> bool:
+        """Whether `_read_back` knows the tensor, now that it was loaded."""
+        return False
+
+    def _read_back(self) -> Tensors:
+        """Pending checksums of what is served now, as it was published, of all tensors whose layout here can be read."""
+        return {}
 
     @abstractmethod
     def _loaded(self) -> None:
@@ -144,21 +148,22 @@ class Engine(ABC):
             with stages("verify"):
                 contract = self.contract_hash()
                 proof.check_contract(delivery, self._expected(), self.format, contract)
-            held, read_back = self._load_all(delivery, stages)
+            held = self._load_all(delivery, stages)
             manifest = delivery.manifest()
         except BaseException:
             delivery.abandon()
             raise
         with stages("verify"):
-            proof.check_sums(manifest.checksums, collect_named(held), read_back)
+            served = self._read_back()
+            sums = torch.stack([one for parts in (held | served).values() for one in parts.values()])
+            proof.check_sums(manifest.checksums, named_sums(held | served, sums), served)
             error = proof.worst_tile(manifest.tiles, self._served_columns, self.tile_tolerance)
         self.version, self._refusal = delivery.version, None
         return RefillReport(delivery.version, contract, stages.seconds, error)
 
-    def _load_all(self, delivery: Delivery, stages: Stages) -> tuple[Tensors, set[str]]:
-        """Pending checksums of every part as it is held now, and the names of the tensors that were read back for theirs."""
-        held: Tensors = {}
-        read_back: set[str] = set()
+    def _load_all(self, delivery: Delivery, stages: Stages) -> Tensors:
+        """Pending checksums of parts as they arrived; of those that will be read back instead, of none."""
+        arrived: Tensors = {}
         with closing(delivery.buckets()) as buckets:
             while True:
                 with stages("wait"):
@@ -166,14 +171,14 @@ class Engine(ABC):
                 if tensors is None:
                     break
                 with stages("load"):
-                    served = self._load(tensors)
+                    self._load(tensors)
                 with stages("verify"):
-                    read_back |= served.keys()
-                    for name, parts in (tensors | served).items():
-                        held[name] = {part: pending(values) for part, values in parts.items()}
+                    for name, parts in tensors.items():
+                        if not self._can_read_back(name):
+                            arrived[name] = {part: pending(values) for part, values in parts.items()}
         with stages("load"):
             self._loaded()
-        return held, read_back
+        return arrived
 
     def _require_proved(self) -> None:
         if self._refusal:

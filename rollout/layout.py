@@ -15,6 +15,7 @@ from torch import Tensor
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from qarl.kernels import marlin, marlin_fused
+from qarl.kernels.checksum import pending
 from qarl.rollout.slots import Slot
 
 
@@ -24,8 +25,8 @@ class Home(Protocol):
     def write(self, values: Tensor) -> None:
         """`values`: as published."""
 
-    def read(self) -> Tensor:
-        """As published: a view of the live storage, or made for the occasion."""
+    def pending(self) -> Tensor:
+        """The pending checksum of what is stored, as it was published."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class Plain:
     def write(self, values: Tensor) -> None:
         self.live.copy_(values)
 
-    def read(self) -> Tensor:
-        return self.live
+    def pending(self) -> Tensor:
+        return pending(self.live)
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,10 @@ class MarlinCodes:
     """int32 [*, K/16, 2N]."""
 
     def write(self, values: Tensor) -> None:
-        marlin_fused.pack(values, out=self.live)
+        marlin_fused.pack(values.to(self.live.device), out=self.live)
 
-    def read(self) -> Tensor:
-        return marlin_fused.unpack(self.live)
+    def pending(self) -> Tensor:
+        return marlin_fused.pending_checksum(self.live)
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,10 @@ class MarlinScales:
     """bfloat16 [*, K/group, N]."""
 
     def write(self, values: Tensor) -> None:
-        marlin.pack_scales(values, out=self.live)
+        marlin.pack_scales(values.to(self.live.device), out=self.live)
 
-    def read(self) -> Tensor:
-        return marlin.unpack_scales(self.live)
+    def pending(self) -> Tensor:
+        return pending(marlin.unpack_scales(self.live))
 
 
 def homes(slot: Slot) -> dict[str, Home] | None:

@@ -24,8 +24,9 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor
 
 from qarl.errors import EngineError
-from qarl.rollout.layout import Home, homes
-from qarl.rollout.slots import Slot, find_slots, is_tied, is_transposed
+from qarl.kernels.checksum import Fixed
+from qarl.rollout.layout import Home, Plain, homes
+from qarl.rollout.slots import Slot, expected, find_slots, is_tied, is_transposed
 from qarl.transfer import Tensors
 
 
@@ -37,14 +38,15 @@ class Refill:
         self._on_gpu = any(parameter.is_cuda for parameter in model.parameters())
         self.homes: dict[str, dict[str, Home]] = {}
         """Fused name -> part -> home, of tensors that are written in place."""
+        self.specs = expected(self.slots)
+        self._plain: tuple[list[tuple[str, str]], Fixed] | None = None
         self._members: dict[nn.Module, list[Slot]] = {}
         for slot in self.slots.values():
             self._members.setdefault(slot.module, []).append(slot)
 
     @torch.no_grad()
-    def load(self, tensors: Tensors) -> Tensors:
-        """Serve these, of whole modules, from now on; returns those that can be read back, as they are served. Raises
-        `EngineError` where a layer changes its layout."""
+    def load(self, tensors: Tensors) -> None:
+        """Serve these, of whole modules, from now on. Raises `EngineError` where a layer changes its layout."""
         for module in dict.fromkeys(self.slots[name].module for name in tensors):
             members = self._members[module]
             if all(slot.name in self.homes for slot in members):
@@ -56,10 +58,22 @@ class Refill:
             found = {slot.name: homes(slot) for slot in members} if self._on_gpu else {}
             if found and all(found.values()):
                 self.homes |= {name: parts for name, parts in found.items() if parts}
+
+    @torch.no_grad()
+    def read_back(self) -> Tensors:
+        """Pending checksums of all tensors with a home, as they are served."""
+        plain = {
+            (n, p): home.live for n, parts in self.homes.items() for p, home in parts.items() if isinstance(home, Plain)
+        }
+        if self._plain is None or len(self._plain[0]) != len(plain):
+            self._plain = list(plain), Fixed(list(plain.values()))
+        keys, fixed = self._plain
+        sums = dict(zip(keys, fixed.pending().unbind(), strict=True))
         return {
-            name: {part: home.read() for part, home in self.homes[name].items()}
-            for name in tensors
-            if name in self.homes
+            name: {
+                part: sums[name, part] if isinstance(home, Plain) else home.pending() for part, home in parts.items()
+            }
+            for name, parts in self.homes.items()
         }
 
     @torch.no_grad()

@@ -40,9 +40,8 @@ class TorchEngine(Engine):
     def _expected(self) -> Specs:
         return self._skeleton.expected
 
-    def _load(self, tensors: Tensors) -> Tensors:
+    def _load(self, tensors: Tensors) -> None:
         self._skeleton.load(tensors)
-        return {}  # held by transformers' parameters, not by what they are fused to
 
     def _loaded(self) -> None: ...
 

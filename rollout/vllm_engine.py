@@ -49,8 +49,10 @@ class VllmEngine(Engine):
         self._core = self._start(config, str(path), dtype)
         worker = self._core.engine_core.model_executor.driver_worker.worker
         from qarl.rollout.refill import Refill
+        from qarl.rollout.slots import contract_hash
 
         self._refill = Refill(worker.model_runner.get_model())  # without the wrapper that replays graphs
+        self._contract = contract_hash(self._refill.slots, self.format)
         self.device = worker.device
         self._n_requests = 0
 
@@ -93,20 +95,22 @@ class VllmEngine(Engine):
         return core
 
     def contract_hash(self) -> str:
-        from qarl.rollout import slots
-
-        return slots.contract_hash(self._refill.slots, self.format)
+        return self._contract
 
     def _expected(self) -> Specs:
-        from qarl.rollout import slots
+        return self._refill.specs
 
-        return slots.expected(self._refill.slots)
-
-    def _load(self, tensors: Tensors) -> Tensors:
+    def _load(self, tensors: Tensors) -> None:
         from vllm.config import set_current_vllm_config
 
         with set_current_vllm_config(self._core.engine_core.vllm_config):
-            return self._refill.load(tensors)
+            self._refill.load(tensors)
+
+    def _can_read_back(self, tensor: str) -> bool:
+        return tensor in self._refill.homes
+
+    def _read_back(self) -> Tensors:
+        return self._refill.read_back()
 
     def _loaded(self) -> None:
         from vllm.config import set_current_vllm_config

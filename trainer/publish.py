@@ -21,7 +21,7 @@ from qarl.kernels.dispatch import quantizer
 from qarl.records import Tile, WeightUpdate, WireTensor
 from qarl.stages import Stages
 from qarl.transfer import Manifest
-from qarl.wire import Specs, collect_named, published_specs, to_wire
+from qarl.wire import Specs, named_sums, published_specs, to_wire
 
 Codes = dict[str, Tensor]
 KeptCodes = Callable[[str, Tensor], Codes | None]
@@ -37,6 +37,9 @@ class Room(Protocol):
 
     def done(self, name: str) -> None:
         """They are all written, or queued to be."""
+
+    def checksums(self) -> dict[str, dict[str, int]]:
+        """Of all parts, by `kernels.checksum`."""
 
 
 def publish(
@@ -60,7 +63,6 @@ def publish(
     first_row = {name: row for stack in stacks.values() for name, row in _first_rows(stack, shapes)}
     covered = covered_shapes(shapes, format)
     chosen = chosen_tiles(covered, version, n_tiles)
-    sums: dict[str, Codes] = {}
     tiles: list[tuple[str, Tensor, Tensor]] = []
     stream = iter(parameters)
     while True:
@@ -75,16 +77,13 @@ def publish(
         left[fused] -= 1
         if not left[fused]:
             with stages("pack"):
-                sums[fused] = {part: pending(values) for part, values in room.items()}
                 if fused in chosen:
                     tiles.append((fused, *tile_of(room, covered[fused], format, version)))
-            into.done(fused)
-    if missing := sorted(set(stacks) - set(sums)):
+                into.done(fused)
+    if missing := sorted(fused for fused, parts in left.items() if parts):
         raise ValueError(f"parts of {missing} are missing: their parameters were not given")
     with stages("pack"):
-        manifest = Manifest(
-            collect_named(sums), tuple(Tile(n, at.cpu().numpy(), w.cpu().numpy()) for n, at, w in tiles)
-        )
+        manifest = Manifest(into.checksums(), tuple(Tile(n, at.cpu().numpy(), w.cpu().numpy()) for n, at, w in tiles))
     return manifest, stages.seconds
 
 
@@ -123,6 +122,7 @@ class HostRoom:
         self._specs, self._device = specs, device
         self._open: dict[str, Codes] = {}
         self.tensors: dict[str, dict[str, WireTensor]] = {}
+        self._sums: list[Tensor] = []
 
     def room(self, name: str) -> Codes:
         if name not in self._open:
@@ -133,7 +133,12 @@ class HostRoom:
         return self._open[name]
 
     def done(self, name: str) -> None:
-        self.tensors[name] = {part: to_wire(values) for part, values in self._open.pop(name).items()}
+        parts = self._open.pop(name)
+        self.tensors[name] = {part: to_wire(values) for part, values in parts.items()}
+        self._sums += [pending(values) for values in parts.values()]
+
+    def checksums(self) -> dict[str, dict[str, int]]:
+        return named_sums(self.tensors, torch.stack(self._sums))
 
 
 def make_update(

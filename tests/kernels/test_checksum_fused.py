@@ -180,3 +180,23 @@ def test_more_than_two_to_the_31_words(monkeypatch: pytest.MonkeyPatch) -> None:
     module._add_words(words[3:-1], total[1])
     lengths = (8 * len(words), 8 * (len(words) - 4))
     assert fused == tuple((s + n * module._LENGTH) % 2**64 for s, n in zip(total.tolist(), lengths, strict=True))
+
+
+def test_tensors_that_stay_are_summed_together(device: str) -> None:
+    """In one launch; each as alone, also empty ones, ones of several programs, and once their bytes have changed."""
+    sizes = (0, 1, 7, 4096, 4097, 9000, 2 * 4096)
+    tensors = [torch.randint(-(2**62), 2**62, (n,), dtype=torch.int64, device=device) for n in sizes]
+    tensors.append(torch.randn(33, 16, device=device).bfloat16())
+    tables = module._tables(tensors)
+    for _ in range(2):
+        pointers, counts, owners, firsts, terms = tables
+        totals = checksum_fused.add_tables(pointers, counts, owners, firsts, terms.clone())
+        assert totals.tolist() == [pending(t.cpu()).item() for t in tensors]
+        assert module.Fixed(tensors).pending().tolist() == totals.tolist()
+        tensors[3][5] += 1
+
+
+def test_tensors_of_odd_bytes_are_summed_all_the_same(device: str) -> None:
+    tensors = [torch.arange(n, dtype=torch.uint8, device=device) for n in (3, 8, 0)]
+    assert module.Fixed(tensors).pending().tolist() == [pending(t.cpu()).item() for t in tensors]
+    assert module.Fixed([]).pending().tolist() == []

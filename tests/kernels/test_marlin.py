@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qarl.kernels import marlin, marlin_fused, w4a16
+from qarl.kernels.checksum import pending
 
 SHAPES = [(64, 16), (64, 32), (128, 272), (192, 256), (64, 528), (320, 48)]
 """(N, K): the smallest, and K on both sides of a program's 256 and of its multiples."""
@@ -130,6 +131,16 @@ def test_the_inverse_kernel_writes_nothing_beyond_its_output(device: str) -> Non
     marlin_fused._launch(marlin_fused._unpack_kernel, packed, codes[1], 1, 3)
     assert torch.equal(codes[1], marlin.unpack(packed))
     assert (codes[0] == 77).all() and (codes[2] == 77).all()
+
+
+@pytest.mark.parametrize("shape", [(64, 16), (128, 48), (3, 192, 272), (2, 64, 528), (0, 64, 16)])
+def test_the_checksum_of_packed_codes_is_that_of_the_codes(shape: tuple[int, ...], device: str) -> None:
+    codes = words(*shape[:-1], shape[-1] // 8).to(device)
+    packed = marlin_fused.pack(codes)
+    assert marlin_fused.pending_checksum(packed).item() == pending(codes.cpu()).item()
+    if packed.numel():
+        packed.view(-1)[-1] ^= 1 << 30
+        assert marlin_fused.pending_checksum(packed).item() != pending(codes.cpu()).item()
 
 
 @pytest.mark.parametrize("n", [64, 128, 320])

@@ -330,7 +330,7 @@ def test_weights_that_were_not_really_loaded_are_found_by_the_tiles(quantized: R
     update = quantized.publish(seed=5)
     before = quantized.greedy()
     with monkeypatch.context() as patched:
-        patched.setattr(quantized.engine, "_load", lambda tensors: {})
+        patched.setattr(quantized.engine, "_load", lambda tensors: None)
         with pytest.raises(SyncError, match="serves other weights"):
             quantized.engine.refill(update)
     with pytest.raises(EngineError, match="last refill failed"):
