@@ -18,7 +18,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from qarl import formats
 from qarl.actors import get, reserve, spawn_engine, spawn_learner, with_header
 from qarl.batching import pack_to_score
 from qarl.bridge import Bridge, OverLines, ThroughHost, answers, carrier_of
-from qarl.config import RunConfig
+from qarl.config import LearnerConfig, RunConfig
 from qarl.errors import EngineError, LearnerError
 from qarl.records import (
     Completion,
@@ -58,7 +58,7 @@ class LearnerGroup:
         self._ranks = [spawn_learner(config, rank) for rank in range(self.ranks)]
         meeting = self._all([self._ranks[0].rendezvous.remote()])[0]
         arguments = {
-            "config": config.learner,
+            "config": _as_the_engine_computes(config),
             "model_path": model,
             "dtype": config.model.dtype,
             "format": formats.get(config.rollout.format),
@@ -243,6 +243,13 @@ class Cluster:
             learner.wait()
             sampler.wait()
             yield cls(learner, sampler)
+
+
+def _as_the_engine_computes(config: RunConfig) -> LearnerConfig:
+    """The torch engine's arithmetic is the definition's: `auto` means that, even where vLLM's ops are at hand."""
+    if config.rollout.engine == "torch" and config.learner.backend == "auto":
+        return replace(config.learner, backend="emulated")
+    return config.learner
 
 
 @contextmanager
