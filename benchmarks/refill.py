@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks import record
 from benchmarks.random_models import config_of, fill
 from benchmarks.refill_engine import serve
-from benchmarks.timing import Ceilings, device, device_name
+from benchmarks.timing import Ceilings, device, device_name, free
 from qarl import carriers, formats
 from qarl.batching import pack_to_score
 from qarl.formats import QuantFormat
@@ -35,8 +35,9 @@ from qarl.fusion import covered_shapes
 from qarl.stages import Stages
 from qarl.trainer.aligned import AlignedModel
 from qarl.trainer.attention import PACKED
+from qarl.trainer.canary import Canary
 from qarl.trainer.pocket import build_tokenizer
-from qarl.trainer.policy import Policy, to_tensors
+from qarl.trainer.policy import Policy
 from qarl.trainer.publish import publish
 from qarl.transfer import SLOTS, Door, Plan
 from qarl.wire import published_specs
@@ -50,6 +51,16 @@ BARS = {
 }
 
 
+class Unsummed:
+    """In the place of a `checksum.Fixed`: what a sync would take without checksums."""
+
+    def __init__(self, table: Any) -> None:
+        self.zeros = torch.zeros_like(table.pending())
+
+    def pending(self) -> torch.Tensor:
+        return self.zeros
+
+
 class Publisher:
     """The learner's part of a sync: `trainer.Learner` without an optimizer."""
 
@@ -59,11 +70,13 @@ class Publisher:
         self.plan = Plan.of(published_specs(self.shapes, format, torch.bfloat16))
         self.forwards = {module: vars(module).get("forward") for module in model.modules()}
         self.aligned = AlignedModel(model, format, "auto", device().type, torch.bfloat16)
-        self.policy = Policy(model, 1.0, 1024)
+        self.canary = Canary(Policy(model, 1.0, 1024), self.aligned, device())
         rng = np.random.default_rng(0)
         self.canaries = [rng.integers(6, 500, CANARY_TOKENS).astype(np.int32) for _ in range(CANARIES)]
         batch, self.order = pack_to_score(self.canaries, 1, 4096)
         self.batch = batch.ranks[0]
+        self.proved = True
+        self.spare: list[Any] = []
 
     def update(self) -> None:
         """Other weights, as after an optimizer step."""
@@ -76,18 +89,30 @@ class Publisher:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
-    def publish(self, outlet: Any) -> dict[str, float]:
-        """Seconds by stage; what engines are to score lies in `scores` then."""
+    def publish(self, outlet: Any, proved: bool = True) -> dict[str, float]:
+        """Seconds by stage; what engines are to score lies in `scores` then. Not `proved`: no checksums, tiles or canaries."""
+        if proved != self.proved:
+            self.proved, self.spare, outlet._fixed = (
+                proved,
+                outlet._fixed,
+                self.spare or [Unsummed(t) for t in outlet._fixed],
+            )
         contract = self.format.contract_hash(covered_shapes(self.shapes, self.format))
         outlet.begin(self.version, self.format.name, contract)
         manifest, seconds = publish(
-            self.model.named_parameters(), self.shapes, self.format, self.version, TILES, outlet, self.aligned.codes
+            self.model.named_parameters(),
+            self.shapes,
+            self.format,
+            self.version,
+            TILES if proved else 0,
+            outlet,
+            self.aligned.codes,
         )
         outlet.announce(manifest)
         stages = Stages()
-        with stages("canary"), torch.no_grad():
-            packed = [to_tensors(micro, device()) for micro in self.batch]
-            self.scores = [self.policy(one)[0].float().cpu().numpy() for one in packed]
+        with stages("canary"):
+            if proved:
+                self.scores = self.canary(self.batch)
         outlet.finish()
         return {**seconds, "transfer": outlet.wait_s, **stages.seconds}
 
@@ -96,13 +121,15 @@ class Publisher:
         return float(np.abs(mine - np.concatenate(served)).mean())
 
     def release(self) -> None:
-        """Give the model its own forwards back."""
+        """Give the model its own forwards back, and memory to the next format."""
         for module, forward in self.forwards.items():
             if forward is None:
                 vars(module).pop("forward", None)
             else:
                 module.forward = forward
         self.model.set_attn_implementation(PACKED)
+        del self.aligned, self.canary
+        free()
 
 
 def main() -> None:
@@ -159,7 +186,9 @@ def measure(
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     gpu = 1 if arguments.carrier == "broadcast" and torch.cuda.device_count() > 1 else 0
-    engine = context.Process(target=serve, args=(theirs, str(folder), format.name, gpu), daemon=True)
+    engine = context.Process(
+        target=serve, args=(theirs, str(folder), format.name, gpu, arguments.cycles > 0), daemon=True
+    )
     engine.start()
     theirs.close()
     publisher = Publisher(model, format)
@@ -175,20 +204,22 @@ def measure(
             raise told
         return told
 
-    def sync(settle: bool = False) -> dict[str, float]:
+    def sync(settle: bool = False, proved: bool = True) -> dict[str, float]:
         """Weights change, then one sync: seconds of its stages and of all of it."""
         publisher.update()
         ask("settle", settle)
         Stages.settle = torch.cuda.synchronize if settle and torch.cuda.is_available() else None
         start = time.perf_counter()
-        ours.send(("sync", publisher.canaries))
-        learner = publisher.publish(outlet)
+        ours.send(("sync", publisher.canaries if proved else []))
+        learner = publisher.publish(outlet, proved)
         published = time.perf_counter()
         report, served, engine_seconds = answer()
         whole = time.perf_counter() - start
-        row["canary"] = publisher.gap(served)
+        if proved:
+            row["canary"] = publisher.gap(served)
         return {"whole": whole, "publish": published - start, **learner, **report.seconds, **engine_seconds}
 
+    outlet = None
     try:
         row["start_s"] = answer()
         ours.send(("connect", door.address))
@@ -202,6 +233,9 @@ def measure(
         row["memory"] = ask("memory")
         runs = [sync() for _ in range(arguments.syncs)]
         settled = [sync(settle=True) for _ in range(3)]
+        ask("prove", False)
+        bare = [sync(proved=False)["whole"] for _ in range(arguments.syncs)]
+        ask("prove", True)
         row["memory_after"] = ask("memory")
         whole = [run["whole"] for run in runs]
         row |= {"median_s": statistics.median(whole), "worst_s": max(whole), "runs": runs, "settled": settled}
@@ -209,7 +243,7 @@ def measure(
             row[f"{'canaries' if stage == 'canary' else stage}_s"] = statistics.median(
                 run.get(stage, 0.0) for run in settled
             )
-        row["proof_s"] = ask("proof", publisher.canaries)
+        row["proof_s"] = row["median_s"] - statistics.median(bare)
         row["floor_s"] = floor_s(model, publisher, ceilings)
         bar = BARS[arguments.carrier].get(format.name)
         if bar and not arguments.tiny:
@@ -226,20 +260,22 @@ def measure(
         engine.join(5)
         engine.kill()
         engine.join()
+        if outlet:
+            outlet.close()
+            del outlet
         publisher.release()
         door.close()
     return row
 
 
 def cycles(n: int, ask: Any, sync: Any) -> dict[str, Any]:
-    """Sleep, wake, refill, n times: seconds of each, and the memory before and after."""
+    """Sleep and refill, which wakes, n times: seconds of each, and the memory before and after."""
     before = ask("memory")
     rows = []
     for _ in range(n):
         asleep, left = ask("sleep")
-        awake = ask("wake", "weights")
-        whole = sync()["whole"]
-        rows.append({"sleep": asleep, "wake": awake, "sync": whole, "left": left})
+        synced = sync()
+        rows.append({"sleep": asleep, "wake": synced["wake"], "sync": synced["whole"], "left": left})
     seconds = {key: statistics.median(row[key] for row in rows) for key in ("sleep", "wake", "sync")}
     return {"n": n, **seconds, "asleep_bytes": rows[-1]["left"], "before": before, "after": ask("memory")}
 

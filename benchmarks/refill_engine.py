@@ -8,21 +8,27 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
+from qarl.fusion import module_of
+
 MAX_SEQUENCES = 8
 MAX_TOKENS = 256
 
 
-def serve(pipe: Connection, folder: str, format: str, gpu: int) -> None:
+def serve(pipe: Connection, folder: str, format: str, gpu: int, sleeps: bool) -> None:
     if gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
-    asked = None
+    from qarl.errors import SyncError
+
     try:
         start = time.perf_counter()
-        engine = Served(folder, format)
+        engine = Served(folder, format, sleeps)
         pipe.send(time.perf_counter() - start)
         while True:
             asked, *arguments = pipe.recv()
-            pipe.send(getattr(engine, asked)(*arguments))
+            try:
+                pipe.send(getattr(engine, asked)(*arguments))
+            except SyncError as error:
+                pipe.send(error)
     except EOFError:
         return
     except BaseException as error:
@@ -33,7 +39,7 @@ def serve(pipe: Connection, folder: str, format: str, gpu: int) -> None:
 class Served:
     """What the benchmark may ask for."""
 
-    def __init__(self, folder: str, format: str) -> None:
+    def __init__(self, folder: str, format: str, sleeps: bool) -> None:
         import torch
 
         from benchmarks.alignment_job import given_cache
@@ -42,7 +48,11 @@ class Served:
 
         on_gpu = torch.cuda.is_available()
         config = RolloutConfig(
-            engine="vllm" if on_gpu else "torch", format=format, gpu_memory=0.05, max_sequences=MAX_SEQUENCES
+            engine="vllm" if on_gpu else "torch",
+            format=format,
+            gpu_memory=0.05,
+            max_sequences=MAX_SEQUENCES,
+            sleep=sleeps,
         )
         with given_cache(torch.device("cuda" if on_gpu else "cpu")):
             engine: Any = open_engine(config, folder, "bfloat16", MAX_TOKENS)
@@ -55,19 +65,29 @@ class Served:
     def sync(self, canaries: Any) -> Any:
         report = self.engine.refill_from_line()
         start = time.perf_counter()
-        scores = self.engine.score(canaries, [1] * len(canaries))
+        scores = self.engine.score(canaries, [1] * len(canaries)) if canaries else []
         return report, scores, {"score": time.perf_counter() - start}
 
-    def proof(self, canaries: Any) -> float:
-        """Seconds of what a sync does for its proof alone, on this side: reading all weights back, their sums, canaries."""
-        from qarl.kernels.checksum import collect
+    def prove(self, wanted: bool) -> None:
+        """Whether syncs are proved from now on; that they are not shows what the proof costs."""
+        vars(self.engine).pop("_prove", None)
+        if not wanted:
+            self.engine._prove = lambda arrived, manifest: 0.0
 
-        refill = getattr(self.engine, "_refill", None)
+    def sleep(self) -> tuple[float, int]:
+        """Seconds, and the bytes of this process that are left on the GPU."""
+        import torch
+
         start = time.perf_counter()
-        if refill:
-            collect([one for parts in refill.read_back().values() for one in parts.values()])
-        self.engine.score(canaries, [1] * len(canaries))
-        return time.perf_counter() - start
+        self.engine.sleep()
+        return time.perf_counter() - start, torch.cuda.memory_reserved()
+
+    def forget_to_load(self, tensor: str | None) -> None:
+        """A fault: the module that holds this tensor is left as it was by every sync from now on; `None` mends it."""
+        vars(self.engine).pop("_load", None)
+        if tensor:
+            load, module = self.engine._load, module_of(tensor)
+            self.engine._load = lambda tensors: load({n: t for n, t in tensors.items() if module_of(n) != module})
 
     def settle(self, wanted: bool) -> None:
         import torch

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qarl.kernels.dispatch import Backend, Codes, load
+from qarl.kernels.dispatch import Backend, Codes, load, quantizer
 from qarl.kernels.routing import clear_after, spans, weigh
 
 
@@ -48,9 +48,14 @@ class Arithmetic:
         return load(self.format_name, self.backend)
 
     @torch.no_grad()
-    def prepare(self, weight: Tensor) -> Prepared:
-        """weight [N, K], or packed experts [E, N, K]."""
-        codes = self.quantize(weight)
+    def prepare(self, weight: Tensor, before: Prepared | None = None) -> Prepared:
+        """weight [N, K], or packed experts [E, N, K]. `before`: of an older version, which nothing computes with any more: on
+        CUDA its codes are overwritten, so that they stay where they are."""
+        if before is not None and weight.is_cuda:
+            codes = before.codes
+            quantizer(self.format_name, "cuda").quantize_into(weight, self.group, codes)
+        else:
+            codes = self.quantize(weight)
         return Prepared(codes, self.module.prepare(codes, self.group, self.dtype))
 
     @torch.no_grad()

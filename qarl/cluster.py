@@ -181,6 +181,10 @@ class Sampler:
         answers = self._ask(lambda e, r: e.call.remote("generate", prompts[shares[r]], sampling, seeds[shares[r]]))
         return [completion for answer in answers for completion in answer]
 
+    def sleep(self) -> None:
+        """Engines give their GPU memory to the learner, until the next refill."""
+        self._ask(lambda engine, _: engine.call.remote("sleep"))
+
     def score(self, sequences: Sequence[np.ndarray], prompt_lengths: Sequence[int]) -> list[list[np.ndarray]]:
         """[engine][sequence] -> log-probs of the tokens after the prompt, as each engine serves them."""
         return self._ask(lambda engine, _: engine.call.remote("score", sequences, prompt_lengths))

@@ -208,6 +208,8 @@ class RolloutConfig:
     """GPUs of one engine; only 1 so far."""
     eager: bool = False
     """No CUDA graphs and no compilation."""
+    sleep: bool = False
+    """Between sampling and the next sync a colocated engine gives the GPU memory of its weights and KV cache to the learner."""
     replicas: int = 1
     """Engines; prompts are spread over them."""
     restarts: int = 3
@@ -313,7 +315,8 @@ class LearnerConfig:
     backend: Backend = "auto"
     """How low-bit products are computed. `engine`: by vLLM's own op; `fused`: by our kernels (CUDA); `emulated`: by the definition,
     in torch; `auto`: by the first of these that runs here, the other ops being the engine's too where they can, as they are at
-    `bf16` in a 16-bit model (with `rollout.engine=torch`, `emulated`, as that engine computes); `none`: the learner computes unquantized, by transformers' ops (not aligned, for comparison)."""
+    `bf16` in a 16-bit model (with `rollout.engine=torch`: `emulated`, as that engine computes); `none`: the learner computes
+    unquantized, by transformers' ops (not aligned, for comparison)."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimizer and schedule."""
     tokens: int = 4096
@@ -505,6 +508,11 @@ class RunConfig:
 
     def _check_placement(self) -> None:
         gpus, mode = self.placement.gpus, self.placement.mode
+        _require(
+            not self.rollout.sleep or (gpus > 0 and mode == "colocate" and self.rollout.engine == "vllm"),
+            "rollout.sleep: an engine sleeps for a learner on its GPU: needs rollout.engine=vllm, placement.mode=colocate and "
+            f"placement.gpus, got {self.rollout.engine}, {mode} and {gpus}",
+        )
         if gpus == 0:
             return
         ranks, engines = self.learner.ranks, self.rollout.replicas * self.rollout.tensor_parallel
@@ -513,4 +521,9 @@ class RunConfig:
             need == gpus,
             f"placement.gpus: {gpus} GPUs, but mode {mode!r} with {ranks} learner ranks (learner.ranks) and "
             f"{engines} engine GPUs (rollout.replicas x rollout.tensor_parallel) uses {need}",
+        )
+        _require(
+            mode == "split" or engines <= ranks,
+            f"rollout.replicas: {engines} colocated engines, but each shares its GPU with a rank of the learner, and learner.ranks "
+            f"is {ranks}",
         )

@@ -67,6 +67,8 @@ def train(
             asked = prompts.take(algorithm.prompts)
             seeds = completion_seeds(config.seed, "rollout", step, algorithm.prompts, algorithm.group)
             completions = sampler.generate(asked, sampling, seeds)
+            if config.rollout.sleep:
+                sampler.sleep()
         check_version(completions, step)
         with watch("reward"):
             rewards = rewarder.score([c.text for c in completions], [p for p in asked for _ in range(algorithm.group)])

@@ -93,6 +93,7 @@ METRICS = {
     "sync/pack_s": Metric("s", "codes become bytes with checksums", ".3f"),
     "sync/transfer_s": Metric("s", "bytes travel to the engine; over lines: the learner waits for buffers", ".3f"),
     "sync/wait_s": Metric("s", "the engine waits for what it is to load", ".3f"),
+    "sync/wake_s": Metric("s", "an engine that slept gets its memory back", ".3f"),
     "sync/load_s": Metric("s", "the engine takes them over", ".3f"),
     "sync/verify_s": Metric("s", "checksums, tiles and canaries are compared", ".3f"),
     "sync/total_s": Metric("s", "the whole sync, proof included; stages of learner and engine may overlap", ".3f"),

@@ -22,7 +22,7 @@ from qarl.kernels.checksum import pending
 from qarl.records import Completion, Prompt, RefillReport, Sampling, WeightUpdate
 from qarl.rollout import proof
 from qarl.stages import Stages
-from qarl.transfer import Address, Delivery, HostDelivery, Inlet, Tensors
+from qarl.transfer import Address, Delivery, HostDelivery, Inlet, Manifest, Tensors
 from qarl.wire import Specs, named_sums
 
 
@@ -119,6 +119,18 @@ class Engine(ABC):
             self._require_room(len(sequence), f"sequence {i}")
         return self._score(sequences, prompt_lengths)
 
+    def sleep(self) -> None:
+        """Give the memory of weights and caches back; the next refill wakes the engine. Raises `EngineError` where it cannot."""
+        raise EngineError("this engine cannot sleep (rollout.sleep)")
+
+    @abstractmethod
+    def _wake_weights(self) -> None:
+        """There is memory for weights again, where the engine slept."""
+
+    @abstractmethod
+    def _wake_caches(self) -> None:
+        """There is memory for caches again, likewise."""
+
     def refill(self, update: WeightUpdate) -> RefillReport:
         """Serve the published weights, proved. Raises `SyncError`; then nothing is generated until a good refill."""
         return self._receive(lambda: HostDelivery(update))
@@ -148,18 +160,26 @@ class Engine(ABC):
             with stages("verify"):
                 contract = self.contract_hash()
                 proof.check_contract(delivery, self._expected(), self.format, contract)
-            held = self._load_all(delivery, stages)
+            with stages("wake"):
+                self._wake_weights()
+            arrived = self._load_all(delivery, stages)
             manifest = delivery.manifest()
         except BaseException:
             delivery.abandon()
             raise
         with stages("verify"):
-            served = self._read_back()
-            sums = torch.stack([one for parts in (held | served).values() for one in parts.values()])
-            proof.check_sums(manifest.checksums, named_sums(held | served, sums), served)
-            error = proof.worst_tile(manifest.tiles, self._served_columns, self.tile_tolerance)
+            error = self._prove(arrived, manifest)
+        with stages("wake"):
+            self._wake_caches()
         self.version, self._refusal = delivery.version, None
         return RefillReport(delivery.version, contract, stages.seconds, error)
+
+    def _prove(self, arrived: Tensors, manifest: Manifest) -> float:
+        """The worst tile, once every checksum is the published one."""
+        served = self._read_back()
+        sums = torch.stack([one for parts in (arrived | served).values() for one in parts.values()])
+        proof.check_sums(manifest.checksums, named_sums(arrived | served, sums), served)
+        return proof.worst_tile(manifest.tiles, self._served_columns, self.tile_tolerance)
 
     def _load_all(self, delivery: Delivery, stages: Stages) -> Tensors:
         """Pending checksums of parts as they arrived; of those that will be read back instead, of none."""

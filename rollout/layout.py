@@ -22,6 +22,10 @@ from qarl.rollout.slots import Slot
 class Home(Protocol):
     """One part of a published tensor in a running layer."""
 
+    @property
+    def live(self) -> Tensor:
+        """What the layer's kernel reads."""
+
     def write(self, values: Tensor) -> None:
         """`values`: as published."""
 

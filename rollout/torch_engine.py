@@ -45,6 +45,10 @@ class TorchEngine(Engine):
 
     def _loaded(self) -> None: ...
 
+    def _wake_weights(self) -> None: ...
+
+    def _wake_caches(self) -> None: ...
+
     def _served_columns(self, tensor: str, columns: np.ndarray) -> np.ndarray:
         return self._skeleton.served_columns(tensor, torch.from_numpy(columns)).numpy()
 

@@ -84,6 +84,7 @@ class VllmEngine(Engine):
             generation_config="vllm",  # the model's own sampling defaults must not mix with ours
             skip_tokenizer_init=True,
             enable_prefix_caching=True,
+            enable_sleep_mode=config.sleep,
             disable_log_stats=True,
             seed=0,
             **(gpu_settings(self.format, config.max_sequences, most_tokens) if on_gpu else {}),
@@ -118,6 +119,24 @@ class VllmEngine(Engine):
         with set_current_vllm_config(self._core.engine_core.vllm_config):
             self._refill.loaded()
         self._forget()
+
+    def sleep(self) -> None:
+        from qarl.rollout.sleep import remember
+
+        self._refusal = "it sleeps: its weights were dropped"
+        self._remembered = remember(self._refill.model, self._refill.homes)
+        self._core.sleep(2)
+
+    def _wake_weights(self) -> None:
+        if self._core.is_sleeping():
+            from qarl.rollout.sleep import restore
+
+            self._core.wake_up(["weights"])
+            restore(self._remembered)
+
+    def _wake_caches(self) -> None:
+        if self._core.is_sleeping():
+            self._core.wake_up(["kv_cache"])
 
     def _served_columns(self, tensor: str, columns: np.ndarray) -> np.ndarray:
         from qarl.rollout import probe

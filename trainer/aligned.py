@@ -38,6 +38,7 @@ class AlignedModel:
         for name, shape in self.covered.items():
             format.check_shape(name, shape)
         self._prepared: dict[str, Prepared] = {}
+        self._stale: set[str] = set()
         self._format, self.backend, self.follows_engine = format, "none", False
         if self.covered and backend != "none":
             self.backend = choose(format.name, backend, device_type, dtype)
@@ -73,8 +74,8 @@ class AlignedModel:
         return may and has_engine(device_type, dtype)
 
     def invalidate(self) -> None:
-        """Forget all codes: the weights have changed."""
-        self._prepared.clear()
+        """The weights have changed: all codes are made anew when they are next asked for."""
+        self._stale = set(self._prepared)
 
     def _swap(self, model: nn.Module) -> None:
         left = set(self.covered)
@@ -101,14 +102,19 @@ class AlignedModel:
         """
         if hasattr(weight, "ds_id"):
             return None
-        if name not in self._prepared:
-            self._prepared[name] = self._arithmetic.prepare(weight.detach())
+        if name not in self._prepared or name in self._stale:
+            self._prepared[name] = self._arithmetic.prepare(weight.detach(), self._prepared.get(name))
+            self._stale.discard(name)
         return self._prepared[name]
 
     def codes(self, name: str, weight: Tensor) -> Codes | None:
         """Of a covered weight as it is now, where they are kept."""
         prepared = self._of(name, weight) if self.backend != "none" else None
         return prepared.codes if prepared else None
+
+    def prepared(self) -> list[Prepared]:
+        """All that is kept."""
+        return list(self._prepared.values())
 
     def linear(self, x: Tensor, name: str, weight: Tensor, bias: Tensor | None) -> Tensor:
         return aligned_linear(x, weight, bias, self._arithmetic, self._of(name, weight))

@@ -26,6 +26,7 @@ from qarl.kernels.dispatch import Codes
 from qarl.objectives import SUMS, combine, surrogate
 from qarl.records import MicroBatch, UpdateStats, WeightUpdate
 from qarl.trainer.aligned import AlignedModel
+from qarl.trainer.canary import Canary
 from qarl.trainer.checkpoint import Shards, load_state, save_policy, save_state
 from qarl.trainer.model import load_model
 from qarl.trainer.optimizer import lr_at, make_optimizer
@@ -68,6 +69,7 @@ class Learner:
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.aligned = AlignedModel(model, format, config.backend, self.device.type, getattr(torch, dtype))
         policy = Policy(model, temperature, config.logprob_chunk)
+        self._canary = Canary(policy, self.aligned, self.device)
         self.optimizer = make_optimizer(model.named_parameters(), config.optimizer)
         self.engine, *_ = deepspeed.initialize(
             model=policy, optimizer=self.optimizer, config=engine_config(config, dtype), dist_init_required=False
@@ -160,7 +162,7 @@ class Learner:
         except PeerLost:
             lost = True
         _exhaust(gathered)
-        scores = self.score(canaries, temperature=1.0)
+        scores = self.score(canaries, temperature=1.0) if self.config.zero == 3 else self._canary(canaries)
         try:
             if outlet and not lost:
                 outlet.finish()

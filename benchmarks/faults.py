@@ -1,0 +1,281 @@
+"""Faults put into weight syncs on purpose: `python -m benchmarks.faults [--n 200]`; every one has to be caught, and nothing else.
+
+The engine and the learner's part are those of `benchmarks.refill`, four layers of Qwen3-30B-A3B's widths. After each fault a
+clean sync follows, of other weights: it has to pass. A fault counts as caught when the sync is refused, as named when the refusal
+says the tensor, bucket, contract or canary that the fault touched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import multiprocessing
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import record
+from benchmarks.refill import Publisher, make_folder, make_policy
+from benchmarks.refill_engine import serve
+from benchmarks.timing import device, device_name
+from qarl import carriers, formats
+from qarl.errors import SyncError
+from qarl.transfer import Door, PeerLost
+
+LAYERS = 4
+CANARY_TOLERANCE = 1e-3
+"""Nats a token. Engine and learner agree to 1e-7 at int8, which is why the faults are put into that format."""
+
+
+class Rig:
+    """An engine process, a publisher, and the line between them."""
+
+    def __init__(self, format: str, tiny: bool, carrier: str) -> None:
+        folder = make_folder(Path(tempfile.mkdtemp(prefix="faults-")), LAYERS, tiny)
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.engine = context.Process(target=serve, args=(theirs, str(folder), format, 0, False), daemon=True)
+        self.engine.start()
+        theirs.close()
+        self.publisher = Publisher(make_policy(LAYERS, tiny), formats.get(format))
+        self.carrier, self.door = carrier, Door("127.0.0.1")
+        self.outlet: Any = None
+        self._answer()
+        self.connect()
+
+    def connect(self) -> None:
+        if self.outlet:
+            self.outlet.close()
+        self.pipe.send(("connect", self.door.address))
+        self.outlet = carriers.answer(self.door, self.carrier, 1, self.publisher.plan, device())
+        self._answer()
+
+    def ask(self, *question: Any) -> Any:
+        self.pipe.send(question)
+        return self._answer()
+
+    def sync(self) -> str | None:
+        """One sync; `None`, or what it was refused for."""
+        self.publisher.update()
+        self.pipe.send(("sync", self.publisher.canaries))
+        lost = False
+        try:
+            self.publisher.publish(self.outlet)
+        except PeerLost:
+            lost = True
+        try:
+            _, served, _ = self._answer()
+        except SyncError as error:
+            self.connect()
+            return str(error)
+        assert not lost
+        gap = self.publisher.gap(served)
+        return None if gap <= CANARY_TOLERANCE else f"canaries differ by {gap:.3g} nats"
+
+    def close(self) -> None:
+        self.pipe.close()
+        self.engine.join(10)
+        self.engine.kill()
+
+    def _answer(self) -> Any:
+        told = self.pipe.recv()
+        if isinstance(told, BaseException):
+            raise told
+        return told
+
+
+Fault = Callable[[Rig, np.random.Generator], str]
+"""Puts itself into the next sync of the rig, undoes itself afterwards, and returns what the refusal has to say."""
+
+
+def in_flight(rig: Rig, rng: np.random.Generator, spoil: Callable[[Any], None], wanted: Callable[[Any], bool]) -> str:
+    """`spoil` a part that is wanted after it was summed and before it is pushed; returns the tensor's name."""
+    places = [(i, p) for i, bucket in enumerate(rig.outlet.plan.buckets) for p in bucket if wanted(p)]
+    bucket, place = places[rng.integers(len(places))]
+    push, n = rig.outlet.carrier.push, 0
+
+    def push_spoiled(slot: int, n_bytes: int) -> None:
+        nonlocal n
+        if n == bucket:
+            spoil(place.view(rig.outlet.carrier.buffers[slot]))
+        n += 1
+        push(slot, n_bytes)
+
+    rig.outlet.carrier.push = push_spoiled
+    return place.name
+
+
+def flipped_bit(rig: Rig, rng: np.random.Generator) -> str:
+    def spoil(values: torch.Tensor) -> None:
+        flat = values.view(-1).view(torch.uint8)
+        flat[int(rng.integers(len(flat)))] ^= 1 << int(rng.integers(8))
+
+    return in_flight(rig, rng, spoil, lambda place: True)
+
+
+def scale_off_by_one_ulp(rig: Rig, rng: np.random.Generator) -> str:
+    def spoil(values: torch.Tensor) -> None:
+        bits = values.view(-1).view(torch.int32 if values.dtype == torch.float32 else torch.int16)
+        bits[int(rng.integers(len(bits)))] += 1
+
+    return in_flight(rig, rng, spoil, lambda place: place.part == "weight_scale")
+
+
+def swapped_rows(rig: Rig, rng: np.random.Generator) -> str:
+    """Two experts, or two output channels, in each other's place."""
+
+    def spoil(values: torch.Tensor) -> None:
+        one, other = (int(i) for i in rng.choice(len(values), 2, replace=False))
+        values[[one, other]] = values[[other, one]]
+
+    return in_flight(rig, rng, spoil, lambda place: len(place.spec.shape) > 1 and place.part == "weight")
+
+
+def swapped_tensors(rig: Rig, rng: np.random.Generator) -> str:
+    """Two parts of one shape in each other's place: norms, mostly."""
+    buckets = rig.outlet.plan.buckets
+    pairs = {a: b for bucket in buckets for a in bucket for b in bucket if a.offset < b.offset and a.spec == b.spec}
+    firsts = list(pairs)
+    first = firsts[rng.integers(len(firsts))]
+
+    def spoil(values: torch.Tensor) -> None:
+        buffer = next(b for b in rig.outlet.carrier.buffers if b.data_ptr() == values.data_ptr() - first.offset)
+        other = pairs[first].view(buffer)
+        kept = values.clone()
+        values.copy_(other)
+        other.copy_(kept)
+
+    return in_flight(rig, rng, spoil, lambda place: place is first)
+
+
+def stale_tensor(rig: Rig, rng: np.random.Generator) -> str:
+    """A part as it was in the version before."""
+    return in_flight(
+        rig, rng, lambda values: values.view(torch.uint8).bitwise_not_(), lambda place: place.part == "weight"
+    )
+
+
+def stale_layer(rig: Rig, rng: np.random.Generator) -> str:
+    """The engine leaves a module as it was."""
+    names = [name for name, parts in rig.outlet.plan.specs.items() if "weight_scale" in parts]
+    name = names[int(rng.integers(len(names)))]
+    rig.ask("forget_to_load", name)
+    return name.rpartition(".")[0]
+
+
+def dropped_bucket(rig: Rig, rng: np.random.Generator) -> str:
+    """The engine is not told of a bucket."""
+    bucket, tell = int(rng.integers(len(rig.outlet.plan.buckets) - 1)), rig.outlet._tell
+    rig.outlet._tell = lambda message: None if isinstance(message, int) and message == bucket else tell(message)
+    return f"in place of bucket {bucket}"
+
+
+def truncated_transfer(rig: Rig, rng: np.random.Generator) -> str:
+    """The line breaks in the middle."""
+    last, push, n = int(rng.integers(1, len(rig.outlet.plan.buckets))), rig.outlet.carrier.push, 0
+
+    def push_until(slot: int, n_bytes: int) -> None:
+        nonlocal n
+        n += 1
+        if n > last:
+            for peer in rig.outlet._peers:
+                peer.close()
+            raise PeerLost("cut")
+        push(slot, n_bytes)
+
+    rig.outlet.carrier.push = push_until
+    return "the learner was gone"
+
+
+def another_contract(rig: Rig, rng: np.random.Generator) -> str:
+    """Another group size, another grid, or a router that is quantized on one side: other contracts."""
+    begin, mine = rig.outlet.begin, rig.publisher.format
+    which = rng.integers(3)
+    if which == 2:
+        covered = {"model.layers.0.mlp.gate": (128, 2048)}
+        rig.outlet.begin = lambda version, format, contract: begin(version, format, mine.contract_hash(covered))
+    else:
+        other = [name for name in formats.FORMATS if name != mine.name][which]
+        rig.outlet.begin = lambda version, format, contract: begin(version, other, contract)
+    return "contract mismatch"
+
+
+def quantized_router(rig: Rig, rng: np.random.Generator) -> str:
+    """The learner publishes a rounded router, checksum and all, and computes with the exact one."""
+    layer, done = int(rng.integers(LAYERS)), rig.outlet.done
+    name = f"model.layers.{layer}.mlp.gate"
+
+    def rounded(which: str) -> None:
+        if which == name:
+            values = rig.outlet.room(name)["weight"]
+            scale = values.float().abs().amax(-1, keepdim=True) / 7
+            values.copy_((values.float() / scale).round() * scale)
+        done(which)
+
+    rig.outlet.done = rounded
+    return "canaries differ"
+
+
+FAULTS: dict[str, Fault] = {
+    fault.__name__: fault
+    for fault in (
+        flipped_bit,
+        scale_off_by_one_ulp,
+        swapped_rows,
+        swapped_tensors,
+        stale_tensor,
+        stale_layer,
+        dropped_bucket,
+        truncated_transfer,
+        another_contract,
+        quantized_router,
+    )
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--n", type=int, default=200, help="faults, each followed by a clean sync")
+    parser.add_argument("--format", default="w8a8_int8", choices=[n for n in formats.FORMATS if n != "bf16"])
+    parser.add_argument("--tiny", action="store_true", help="narrow, over gloo where there is no GPU")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    rig = Rig(arguments.format, arguments.tiny, "ipc" if torch.cuda.is_available() else "broadcast")
+    rng = np.random.default_rng(0)
+    names = list(FAULTS)
+    rows: dict[str, collections.Counter[str]] = {name: collections.Counter() for name in names}
+    alarms = [alarm for alarm in (rig.sync(), rig.sync()) if alarm]
+    for i in range(arguments.n):
+        name = names[i % len(names)]
+        said_of = FAULTS[name](rig, rng)
+        said = rig.sync()
+        rig.ask("forget_to_load", None)
+        rig.connect()  # a fresh outlet: the fault went with the old one
+        rows[name] += collections.Counter(
+            injected=1, caught=said is not None, named=said is not None and said_of in said
+        )
+        if said is None or said_of not in said:
+            print(f"{name}: wanted {said_of!r}, got {said!r}", flush=True)
+        if alarm := rig.sync():
+            alarms.append(alarm)
+            print(f"false alarm after {name}: {alarm}", flush=True)
+    rig.close()
+    table = [{"fault": name, **counts} for name, counts in rows.items()]
+    print(record.table(table, {"fault": "", "injected": "d", "caught": "d", "named": "d"}))
+    caught = sum(counts["caught"] for counts in rows.values())
+    named = sum(counts["named"] for counts in rows.values())
+    print(
+        f"{caught} of {arguments.n} caught, {named} named; {len(alarms)} false alarms in {arguments.n + 2} clean syncs"
+    )
+    out = arguments.out or record.RESULTS / f"faults_{device_name()}.json"
+    print(
+        "written to", record.write_file(out, table, format=arguments.format, false_alarms=alarms, clean=arguments.n + 2)
+    )
+
+
+if __name__ == "__main__":
+    main()

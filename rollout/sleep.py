@@ -1,0 +1,49 @@
+"""What a sleeping engine remembers: the tensors of its layers that no refill brings.
+
+An engine that sleeps gives back the memory of its weights and of its KV cache; addresses stay, so graphs stay good. The next
+refill brings the weights, sooner than a copy in host memory would be back. But layers and their kernel objects hold more than
+weights: locks that must be zero, strides, permutations, scales of the cache. vLLM restores registered buffers alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qarl.rollout.layout import Home
+
+
+def remember(model: nn.Module, homes: Mapping[str, Mapping[str, Home]]) -> list[tuple[Tensor, Tensor]]:
+    """(tensor on the device, its values on the host) of everything that layers hold and homes do not."""
+    filled = {home.live.data_ptr() for parts in homes.values() for home in parts.values()}
+    found = {t.data_ptr(): t for t in _held(model) if t.is_cuda and t.numel() and t.data_ptr() not in filled}
+    return [(tensor, tensor.cpu()) for tensor in found.values()]
+
+
+@torch.inference_mode()
+def restore(remembered: list[tuple[Tensor, Tensor]]) -> None:
+    for tensor, values in remembered:
+        tensor.copy_(values)
+
+
+def _held(model: nn.Module) -> Iterator[Tensor]:
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        experts = getattr(getattr(method, "moe_kernel", None), "fused_experts", None)
+        kernel = getattr(getattr(module, "scheme", None), "kernel", None)
+        for holder in (module, method, experts, getattr(experts, "quant_config", None), kernel):
+            yield from _tensors(holder)
+
+
+def _tensors(holder: Any) -> Iterator[Tensor]:
+    members = {
+        **getattr(holder, "_parameters", {}),
+        **getattr(holder, "_buffers", {}),
+        **getattr(holder, "__dict__", {}),
+    }
+    for value in members.values():
+        if isinstance(value, Tensor):
+            yield value.data

@@ -1,0 +1,72 @@
+"""What the learner makes of fixed sequences at each sync: log-probs of their tokens at temperature 1, for engines to repeat.
+
+On a GPU the forward is a CUDA graph, captured when it is first asked for: to launch its kernels one by one takes several times as
+long as to run them. The graph reads weights, and the codes made of them, where they lay; if any has moved, it is captured anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qarl.records import MicroBatch
+from qarl.trainer.aligned import AlignedModel
+from qarl.trainer.policy import Policy, to_tensors
+
+
+class Canary:
+    """Of a policy whose weights are whole (ZeRO below 3)."""
+
+    def __init__(self, policy: Policy, aligned: AlignedModel, device: torch.device) -> None:
+        self._policy, self._aligned, self._device = policy, aligned, device
+        self._captured: tuple[list[bytes], list[int], torch.cuda.CUDAGraph, list[Tensor]] | None = None
+
+    @torch.no_grad()
+    def __call__(self, batches: Sequence[MicroBatch]) -> list[np.ndarray]:
+        """float32 [R] of each micro-batch, nats."""
+        if self._device.type != "cuda":
+            found = self._forward([to_tensors(batch, self._device) for batch in batches])
+        else:
+            asked = [batch.tokens.tobytes() + batch.lengths.tobytes() for batch in batches]
+            if self._captured is None or self._captured[:2] != (asked, self._addresses()):
+                self._capture(asked, batches)
+            assert self._captured is not None
+            *_, graph, found = self._captured
+            graph.replay()
+        return [v.float().cpu().numpy()[: b.n_response_tokens] for v, b in zip(found, batches, strict=True)]
+
+    def _forward(self, packed: Iterable[Any]) -> list[Tensor]:
+        return [self._policy(one, 1.0)[0] for one in packed]
+
+    def _capture(self, asked: list[bytes], batches: Sequence[MicroBatch]) -> None:
+        packed = [to_tensors(batch, self._device) for batch in batches]
+        self._captured = None  # its memory is free for the next
+        aside = torch.cuda.Stream(self._device)
+        aside.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(aside):  # kernels compile and libraries make their workspaces outside of a graph
+            self._forward(packed)
+        torch.cuda.current_stream(self._device).wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = self._forward(packed)
+        self._captured = asked, self._addresses(), graph, found
+        self._inputs = packed  # the graph reads them
+
+    def _addresses(self) -> list[int]:
+        kept = [one for prepared in self._aligned.prepared() for one in _tensors(vars(prepared))]
+        return [tensor.data_ptr() for tensor in (*self._policy.parameters(), *kept)]
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor in what a backend's `prepare` made."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _tensors(inner)
+    elif hasattr(value, "__dict__"):
+        yield from _tensors(vars(value))
