@@ -70,7 +70,7 @@ def measure(name: str, config: RunConfig, prompts: int) -> Iterator[dict[str, An
                     sampler = Sampler(run, inputs.model, ThroughHost(learner.publish))
                     sampler.wait()
                     nobody, _ = pack_to_score([], learner.ranks, learner.tokens)
-                    sampler.refill(SyncRequest(0, run.sync.tiles, nobody))
+                    sampler.refill(SyncRequest(0, run.sync.tiles, nobody, []))
                     seeds = completion_seeds(run.seed, "alignment", 0, prompts, n)
                     completions = sampler.generate(asked, run.rollout.sampling, seeds)
                 samples = score(learner, to_samples(asked, completions, np.zeros(len(completions)), "dr_grpo"))

@@ -68,7 +68,7 @@ class Rig:
         except PeerLost:
             lost = True
         try:
-            _, served, _ = self._answer()
+            served = self._answer().canaries
         except SyncError as error:
             self.connect()
             return str(error)

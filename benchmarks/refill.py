@@ -213,11 +213,12 @@ def measure(
         ours.send(("sync", publisher.canaries if proved else []))
         learner = publisher.publish(outlet, proved)
         published = time.perf_counter()
-        report, served, engine_seconds = answer()
+        report = answer()
         whole = time.perf_counter() - start
         if proved:
-            row["canary"] = publisher.gap(served)
-        return {"whole": whole, "publish": published - start, **learner, **report.seconds, **engine_seconds}
+            row["canary"] = publisher.gap(report.canaries)
+        engine = {("score" if stage == "canary" else stage): taken for stage, taken in report.seconds.items()}
+        return {"whole": whole, "publish": published - start, **learner, **engine}
 
     outlet = None
     try:

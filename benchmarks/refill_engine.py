@@ -63,16 +63,15 @@ class Served:
         self.engine.connect(address)
 
     def sync(self, canaries: Any) -> Any:
-        report = self.engine.refill_from_line()
-        start = time.perf_counter()
-        scores = self.engine.score(canaries, [1] * len(canaries)) if canaries else []
-        return report, scores, {"score": time.perf_counter() - start}
+        return self.engine.refill_from_line(canaries)
 
     def prove(self, wanted: bool) -> None:
         """Whether syncs are proved from now on; that they are not shows what the proof costs."""
-        vars(self.engine).pop("_prove", None)
+        for method in ("_prove", "_read_back"):
+            vars(self.engine).pop(method, None)
         if not wanted:
-            self.engine._prove = lambda arrived, manifest: 0.0
+            self.engine._prove = lambda arrived, served, manifest: 0.0
+            self.engine._read_back = lambda: {}
 
     def sleep(self) -> tuple[float, int]:
         """Seconds, and the bytes of this process that are left on the GPU."""

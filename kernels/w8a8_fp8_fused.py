@@ -69,7 +69,7 @@ def prepare(codes: Codes, group: int | None, dtype: torch.dtype) -> Operand:
     _no_group(group)
     weight, scale = codes["weight"].contiguous(), codes["weight_scale"].contiguous()
     n, is_matrix = weight.shape[-2], weight.dim() == 2
-    if is_matrix:
+    if is_matrix and n % MULTIPLE:
         scale = F.pad(scale, (0, 0, 0, -n % MULTIPLE), value=1.0)
     return Operand(pad(weight, rows=is_matrix), scale, n)
 

@@ -57,9 +57,9 @@ class _EngineActor:
         self._engine = open_engine(**arguments)
         return self._engine.contract_hash()
 
-    def refill(self, update: Any) -> Any:
-        """An argument of its own, so that Ray resolves the reference."""
-        return self._engine.refill(update)
+    def refill(self, update: Any, canaries: Any) -> Any:
+        """`update` is an argument of its own, so that Ray resolves the reference."""
+        return self._engine.refill(update, canaries)
 
     def call(self, method: str, *arguments: Any) -> Any:
         return getattr(self._engine, method)(*arguments)

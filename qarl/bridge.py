@@ -43,7 +43,7 @@ class ThroughHost:
         if self._kept is None or self._kept[0] is not request:
             self._kept = request, self.publish(request)
         _, (published, update) = self._kept
-        return published, answers([engine.refill.remote(update) for engine in engines])
+        return published, answers([engine.refill.remote(update, request.sequences) for engine in engines])
 
 
 class OverLines:
@@ -59,7 +59,7 @@ class OverLines:
 
     def deliver(self, engines: Sequence[Any], request: SyncRequest) -> tuple[Published, list[Answer]]:
         publishing = self._learner.publish_to_lines(request)
-        reading = [engine.call.remote("refill_from_line") for engine in engines]
+        reading = [engine.call.remote("refill_from_line", request.sequences) for engine in engines]
         return publishing(), answers(reading)
 
 

@@ -269,7 +269,7 @@ def sampler_only(config: RunConfig, model: str) -> Iterator[Sampler]:
         sampler = Sampler(config, model, ThroughHost(publish))
         sampler.wait()
         nobody, _ = pack_to_score([], 1, 1)
-        sampler.refill(SyncRequest(0, config.sync.tiles, nobody))
+        sampler.refill(SyncRequest(0, config.sync.tiles, nobody, []))
         yield sampler
 
 

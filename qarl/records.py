@@ -180,6 +180,9 @@ class RefillReport:
     """Stage -> seconds of the engine: `wait` (for what is to be loaded), `load`, `verify`."""
     max_tile_error: float
     """Largest |served - published| over the tiles, in units of the tensor's largest |weight|."""
+    canaries: list[np.ndarray] = field(default_factory=list)
+    """Of each sequence that was to be scored with the new weights, log-probs of the tokens after its first: float32 [L], nats at
+    temperature 1."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +215,9 @@ class SyncRequest:
     n_tiles: int
     """Quantized tensors of which columns are compared."""
     canaries: MiniBatch
-    """Sequences that learner and engines score, to be compared."""
+    """Sequences that learner and engines score, to be compared: as the learner takes them."""
+    sequences: list[np.ndarray]
+    """The same, int32 [L] each, as engines take them."""
 
 
 @dataclass(frozen=True)

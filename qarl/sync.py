@@ -11,7 +11,7 @@ from qarl.batching import Order, pack_to_score
 from qarl.cluster import LearnerGroup, Sampler
 from qarl.config import RunConfig
 from qarl.errors import SyncError
-from qarl.records import Prompt, Published, SyncRequest
+from qarl.records import Prompt, Published, RefillReport, SyncRequest
 
 
 def sync(
@@ -19,20 +19,20 @@ def sync(
 ) -> dict[str, float]:
     """Bring every engine to the learner's weights, as `version`; returns the metrics `sync/*`.
 
-    Engines check checksums, contract and tiles as they refill; here the contract is compared across processes and the canary,
-    which the learner scored as it published, is asked of the engines. Raises `SyncError`.
+    Engines check checksums, contract and tiles as they refill; here the contract is compared across processes, and the canaries
+    that both sides scored meanwhile. Raises `SyncError`.
     """
     sequences = [prompt.tokens for prompt in canaries if len(prompt.tokens) > 1]
     batch, order = pack_to_score(sequences, learner.ranks, learner.tokens)
     start = time.perf_counter()
-    published, reports = sampler.refill(SyncRequest(version, config.sync.tiles, batch))
-    refilled = time.perf_counter()
+    published, reports = sampler.refill(SyncRequest(version, config.sync.tiles, batch, sequences))
+    seconds = time.perf_counter() - start
     for report in reports:
         if report.contract_hash != published.contract_hash:
             raise SyncError(
                 f"version {version}: the engine's contract {report.contract_hash} is not the learner's {published.contract_hash}"
             )
-    gap = canary_gap(sequences, order, published, sampler)
+    gap = canary_gap(order, published, reports)
     if config.learner.backend != "none" and not gap <= config.sync.canary_tolerance:
         raise SyncError(
             f"version {version}: on {len(sequences)} canaries engine and learner differ by {gap:.4g} nats a token, more than "
@@ -40,23 +40,19 @@ def sync(
         )
     slowest = max(reports, key=lambda r: sum(r.seconds.values()))
     stages = {**published.seconds, **slowest.seconds}
-    stages.setdefault(
-        "transfer", max(refilled - start - sum(stages.values()), 0.0)
-    )  # through the host, one after the other
-    stages["verify"] = stages.get("verify", 0.0) + time.perf_counter() - refilled
+    stages.setdefault("transfer", max(seconds - sum(stages.values()), 0.0))  # through the host, one after the other
     return {
         **{f"sync/{stage}_s": seconds for stage, seconds in stages.items()},
-        "sync/total_s": time.perf_counter() - start,
+        "sync/total_s": seconds,
         "sync/gb": published.n_bytes / 1e9,
         "sync/tile_error": max(report.max_tile_error for report in reports),
         "sync/canary": gap,
     }
 
 
-def canary_gap(sequences: Sequence[np.ndarray], order: Order, published: Published, sampler: Sampler) -> float:
+def canary_gap(order: Order, published: Published, reports: Sequence[RefillReport]) -> float:
     """Mean |difference| of the log-probs both sides give to the tokens of fixed prompts, nats; the worst engine's."""
-    if not sequences:
+    mine = order.unpack(published.canaries)
+    if not mine:
         return 0.0
-    mine = np.concatenate(order.unpack(published.canaries))
-    served = sampler.score(sequences, [1] * len(sequences))
-    return max(float(np.abs(mine - np.concatenate(engine)).mean()) for engine in served)
+    return max(float(np.abs(np.concatenate(mine) - np.concatenate(report.canaries)).mean()) for report in reports)

@@ -131,9 +131,12 @@ class Engine(ABC):
     def _wake_caches(self) -> None:
         """There is memory for caches again, likewise."""
 
-    def refill(self, update: WeightUpdate) -> RefillReport:
-        """Serve the published weights, proved. Raises `SyncError`; then nothing is generated until a good refill."""
-        return self._receive(lambda: HostDelivery(update))
+    def refill(self, update: WeightUpdate, canaries: Sequence[np.ndarray] = ()) -> RefillReport:
+        """Serve the published weights, proved, and score the canaries with them.
+
+        Raises `SyncError`; then nothing is generated until a good refill.
+        """
+        return self._receive(lambda: HostDelivery(update), canaries)
 
     def connect(self, address: Address) -> None:
         """Hold a line to a learner, which opens its door at the same time. A line from before is cut."""
@@ -141,13 +144,13 @@ class Engine(ABC):
             self._inlet.close()
         self._inlet = carriers.call(address, self.device)
 
-    def refill_from_line(self) -> RefillReport:
+    def refill_from_line(self, canaries: Sequence[np.ndarray] = ()) -> RefillReport:
         """`refill` with what comes over the line, as it comes. Raises `SyncError`, also where the learner dies meanwhile."""
         if not self._inlet:
             raise EngineError("the engine has no line to a learner")
-        return self._receive(self._inlet.begin)
+        return self._receive(self._inlet.begin, canaries)
 
-    def _receive(self, begin: Callable[[], Delivery]) -> RefillReport:
+    def _receive(self, begin: Callable[[], Delivery], canaries: Sequence[np.ndarray]) -> RefillReport:
         self._refusal = "its last refill failed"
         stages = Stages()
         with stages("wait"):
@@ -168,15 +171,18 @@ class Engine(ABC):
             delivery.abandon()
             raise
         with stages("verify"):
-            error = self._prove(arrived, manifest)
+            served = self._read_back()  # the device sums while canaries are scored
         with stages("wake"):
             self._wake_caches()
+        with stages("canary"):
+            scores = self._score(canaries, [1] * len(canaries)) if canaries else []
+        with stages("verify"):
+            error = self._prove(arrived, served, manifest)
         self.version, self._refusal = delivery.version, None
-        return RefillReport(delivery.version, contract, stages.seconds, error)
+        return RefillReport(delivery.version, contract, stages.seconds, error, scores)
 
-    def _prove(self, arrived: Tensors, manifest: Manifest) -> float:
+    def _prove(self, arrived: Tensors, served: Tensors, manifest: Manifest) -> float:
         """The worst tile, once every checksum is the published one."""
-        served = self._read_back()
         sums = torch.stack([one for parts in (arrived | served).values() for one in parts.values()])
         proof.check_sums(manifest.checksums, named_sums(arrived | served, sums), served)
         return proof.worst_tile(manifest.tiles, self._served_columns, self.tile_tolerance)

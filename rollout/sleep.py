@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.device_allocator.cumem import CuMemAllocator
 
 from qarl.rollout.layout import Home
 
@@ -19,7 +20,12 @@ from qarl.rollout.layout import Home
 def remember(model: nn.Module, homes: Mapping[str, Mapping[str, Home]]) -> list[tuple[Tensor, Tensor]]:
     """(tensor on the device, its values on the host) of everything that layers hold and homes do not."""
     filled = {home.live.data_ptr() for parts in homes.values() for home in parts.values()}
-    found = {t.data_ptr(): t for t in _held(model) if t.is_cuda and t.numel() and t.data_ptr() not in filled}
+    dropped = [(at, at + data.handle[1]) for at, data in _allocations() if data.tag == "weights"]
+    found = {
+        tensor.data_ptr(): tensor
+        for tensor in _held(model)
+        if any(start <= tensor.data_ptr() < end for start, end in dropped) and tensor.data_ptr() not in filled
+    }
     return [(tensor, tensor.cpu()) for tensor in found.values()]
 
 
@@ -27,6 +33,11 @@ def remember(model: nn.Module, homes: Mapping[str, Mapping[str, Home]]) -> list[
 def restore(remembered: list[tuple[Tensor, Tensor]]) -> None:
     for tensor, values in remembered:
         tensor.copy_(values)
+
+
+def _allocations() -> list[tuple[int, Any]]:
+    """(address, what vLLM knows of it) of memory that sleeping gives back."""
+    return list(CuMemAllocator.get_instance().pointer_to_data.items())
 
 
 def _held(model: nn.Module) -> Iterator[Tensor]:

@@ -26,7 +26,8 @@ from qarl.wire import Specs, named_sums, published_specs, to_wire
 Codes = dict[str, Tensor]
 KeptCodes = Callable[[str, Tensor], Codes | None]
 """(name, weight) -> codes of the weight as it is, or `None` where they have to be made."""
-TILE_COLUMNS = 4
+TILE_COLUMNS = 1
+"""Of a tile: of experts a column of each, which is megabytes already."""
 
 
 class Room(Protocol):

@@ -95,7 +95,7 @@ def _near(logprobs: np.ndarray | None) -> np.ndarray:
 
 def request(learner: LearnerGroup, version: int) -> SyncRequest:
     nobody, _ = pack_to_score([], learner.ranks, learner.tokens)
-    return SyncRequest(version, 2, nobody)
+    return SyncRequest(version, 2, nobody, [])
 
 
 def weights(learner: LearnerGroup, version: int) -> dict[str, torch.Tensor]:

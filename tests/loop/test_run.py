@@ -10,7 +10,7 @@ from qarl import checkpoint, jsonl
 from qarl.rundir import load_config
 
 #: What a step measures of the machine, not of the run.
-STAGES = ("gather", "quantize", "pack", "transfer", "wait", "wake", "load", "verify", "total")
+STAGES = ("gather", "quantize", "pack", "transfer", "wait", "wake", "load", "canary_", "verify", "total")
 OF_THE_MACHINE = ("time/", "learn/", "tokens_per_s", *(f"sync/{stage}" for stage in STAGES))
 
 

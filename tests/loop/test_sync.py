@@ -36,14 +36,11 @@ class Sampler:
     def refill(self, request):
         learner = self.learner
         update = learner.tamper(model_update(learner.model, formats.get("w8a8_int8"), request.version, request.n_tiles))
-        reports = [self.engine.refill(update)]
+        reports = [self.engine.refill(update, request.sequences)]
         header = {"contract_hash": update.contract_hash, "n_bytes": update.n_bytes, "seconds": update.seconds}
         (rank,) = request.canaries.ranks
         canaries = [[np.concatenate(self._scores(m)) + np.float32(learner.error) for m in rank]]
         return Published(**{"version": request.version, **header, **learner.header}, canaries=canaries), reports
-
-    def score(self, sequences, prompt_lengths):
-        return [self.engine.score(sequences, prompt_lengths)]
 
     def _scores(self, micro):
         return self.engine.score(np.split(micro.tokens, np.cumsum(micro.lengths)[:-1]), micro.prompt_lengths.tolist())

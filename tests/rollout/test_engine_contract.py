@@ -245,7 +245,7 @@ def test_engine_and_learner_agree_on_the_contract_without_talking(rig: Rig):
     report = rig.engine.refill(update)
     assert report.contract_hash == update.contract_hash
     assert report.version == rig.engine.version == update.version
-    assert set(report.seconds) == {"wait", "wake", "load", "verify"}
+    assert set(report.seconds) == {"wait", "wake", "load", "canary", "verify"}
 
 
 # Faults: each must be named, and nothing may be generated until a good refill.
