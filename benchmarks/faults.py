@@ -10,8 +10,9 @@ from __future__ import annotations
 import argparse
 import collections
 import multiprocessing
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -237,13 +238,13 @@ FAULTS: dict[str, Fault] = {
 }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, default=200, help="faults, each followed by a clean sync")
     parser.add_argument("--format", default="w8a8_int8", choices=[n for n in formats.FORMATS if n != "bf16"])
     parser.add_argument("--tiny", action="store_true", help="narrow, over gloo where there is no GPU")
     parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     rig = Rig(arguments.format, arguments.tiny, "ipc" if torch.cuda.is_available() else "broadcast")
     rng = np.random.default_rng(0)
     names = list(FAULTS)
@@ -272,10 +273,10 @@ def main() -> None:
         f"{caught} of {arguments.n} caught, {named} named; {len(alarms)} false alarms in {arguments.n + 2} clean syncs"
     )
     out = arguments.out or record.RESULTS / f"faults_{device_name()}.json"
-    print(
-        "written to", record.write_file(out, table, format=arguments.format, false_alarms=alarms, clean=arguments.n + 2)
-    )
+    more = {"format": arguments.format, "false_alarms": alarms, "clean": arguments.n + 2}
+    print("written to", record.write_file(out, table, **more))
+    return 0 if caught == named == arguments.n and not alarms else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

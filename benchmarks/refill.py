@@ -1,7 +1,7 @@
 """One weight sync of Qwen3-30B-A3B: a learner's BF16 weights and a running engine on one GPU, or on two.
 
     python -m benchmarks.refill                      every format that the GPU has room for, colocated -> results/refill_<gpu>.json
-    python -m benchmarks.refill --carrier broadcast  learner on the first GPU, engine on the second, by NCCL
+    python -m benchmarks.refill --carrier broadcast  learner on the first GPU, engine on the second, by NCCL; no codes are kept
     python -m benchmarks.refill --tiny               narrow and four layers deep, on whatever is here
 
 This process holds the policy (random weights of the true shape) as a learner does, publishes it and scores the canaries; the
@@ -15,8 +15,10 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import statistics
+import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +66,16 @@ class Unsummed:
 class Publisher:
     """The learner's part of a sync: `trainer.Learner` without an optimizer."""
 
-    def __init__(self, model: Any, format: QuantFormat) -> None:
+    def __init__(self, model: Any, format: QuantFormat, keeps_codes: bool = True) -> None:
+        """`keeps_codes`: as a learner does whose weights are whole; else codes are made where they are wanted, as under ZeRO-3."""
         self.model, self.format, self.version = model, format, -1
+        self.keeps_codes = keeps_codes
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.plan = Plan.of(published_specs(self.shapes, format, torch.bfloat16))
         self.forwards = {module: vars(module).get("forward") for module in model.modules()}
         self.aligned = AlignedModel(model, format, "auto", device().type, torch.bfloat16)
+        if not keeps_codes:
+            setattr(self.aligned, "_of", lambda name, weight: None)  # noqa: B010
         self.canary = Canary(Policy(model, 1.0, 1024), self.aligned, device())
         rng = np.random.default_rng(0)
         self.canaries = [rng.integers(6, 500, CANARY_TOKENS).astype(np.int32) for _ in range(CANARIES)]
@@ -106,7 +112,7 @@ class Publisher:
             self.version,
             TILES if proved else 0,
             outlet,
-            self.aligned.codes,
+            self.aligned.codes if self.keeps_codes else lambda name, weight: None,
         )
         outlet.announce(manifest)
         stages = Stages()
@@ -132,7 +138,7 @@ class Publisher:
         free()
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formats", nargs="*", choices=list(formats.FORMATS), default=list(formats.FORMATS))
     parser.add_argument("--carrier", choices=("ipc", "broadcast"), default="ipc")
@@ -144,7 +150,7 @@ def main() -> None:
     )
     parser.add_argument("--tiny", action="store_true", help="narrow, four layers, for a test")
     parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     layers = 4 if arguments.tiny else arguments.layers
     folder = make_folder(Path(tempfile.mkdtemp(prefix="refill-")), layers, arguments.tiny)
     model = make_policy(layers, arguments.tiny)
@@ -156,6 +162,7 @@ def main() -> None:
     print(record.table(rows, COLUMNS))
     out = arguments.out or record.RESULTS / f"refill_{device_name()}{'' if arguments.carrier == 'ipc' else '_x2'}.json"
     print("written to", record.write_file(out, rows, copy_bytes_s=ceilings.copy_bytes_s))
+    return 0 if all("error" not in row for row in rows) else 1
 
 
 COLUMNS = {
@@ -191,7 +198,7 @@ def measure(
     )
     engine.start()
     theirs.close()
-    publisher = Publisher(model, format)
+    publisher = Publisher(model, format, keeps_codes=arguments.carrier == "ipc")
     door = Door("127.0.0.1")
 
     def ask(*question: Any) -> Any:
@@ -323,4 +330,4 @@ def make_policy(layers: int, tiny: bool) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -25,9 +25,12 @@ class Canary:
         self._policy, self._aligned, self._device = policy, aligned, device
         self._captured: tuple[list[bytes], list[int], torch.cuda.CUDAGraph, list[Tensor]] | None = None
 
-    @torch.no_grad()
     def __call__(self, batches: Sequence[MicroBatch]) -> list[np.ndarray]:
         """float32 [R] of each micro-batch, nats."""
+        with torch.no_grad():
+            return self._scores(batches)
+
+    def _scores(self, batches: Sequence[MicroBatch]) -> list[np.ndarray]:
         if self._device.type != "cuda":
             found = self._forward([to_tensors(batch, self._device) for batch in batches])
         else:

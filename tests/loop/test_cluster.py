@@ -19,7 +19,7 @@ import torch
 
 from qarl import wire
 from qarl.batching import pack_to_score
-from qarl.bridge import ThroughHost
+from qarl.bridge import OverLines, ThroughHost
 from qarl.cluster import LearnerGroup, Sampler, ray_session
 from qarl.errors import EngineError, LearnerError
 from qarl.prepare import prepare
@@ -185,6 +185,28 @@ def test_engines_that_die_are_replaced_and_change_nothing(single, config, inputs
     thread.join()
 
 
+def test_versions_over_lines_are_those_through_the_host_also_where_an_engine_dies(single, config, inputs):
+    """One that dies in the middle of a refill is started again, given a line, and refilled to the version that was asked for."""
+    learner = single[0]
+    sampling, prompts = Sampling(temperature=1.0, max_tokens=20), inputs.heldout[:4]
+    seeds = completion_seeds(0, "lines", 0, len(prompts), 2)
+    said = []
+    for bridge in (ThroughHost(learner.publish), OverLines("broadcast", learner)):
+        sampler = Sampler(replace(config, rollout=replace(config.rollout, replicas=2)), inputs.model, bridge)
+        sampler.wait()
+        published, reports = sampler.refill(request(learner, 7))
+        assert published.version == 7 and published.n_bytes > 0
+        assert [report.version for report in reports] == [7, 7]
+        if isinstance(bridge, OverLines):
+            ray.get(sampler._engines[1].__ray_call__.remote(dies_while_it_loads))
+            _, reports = sampler.refill(request(learner, 8))
+            assert [report.version for report in reports] == [8, 8] and sampler.restarted == 1
+        said.append([c.tokens.tolist() for c in sampler.generate(prompts, sampling, seeds)])
+    assert said[0] == said[1]
+
+
+# Of no module, so that Ray sends it by value.
+dies_while_it_loads = eval("lambda actor: setattr(actor._engine, '_load', lambda tensors: __import__('os')._exit(1))")
 own_pid = eval("lambda actor: __import__('os').getpid()")  # of no module, so that Ray sends it by value
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from qarl import formats
 from qarl.config import RolloutConfig
+from qarl.errors import EngineError
 from qarl.records import Completion, Prompt, Sampling, WeightUpdate
 from qarl.rollout.engine import open_engine
 from qarl.rollout.vllm_engine import VllmEngine
@@ -113,6 +114,33 @@ def test_without_graphs_the_log_probs_are_the_same(model_folder, weights, publis
         engine.close()
     errors = np.concatenate([np.abs(s - c.logprobs) for s, c in zip(scores, completions, strict=True)])
     assert errors.mean() < 0.02
+
+
+def test_a_sleeping_engine_gives_its_memory_back_and_answers_as_before_once_refilled(model_folder, weights, published):
+    policy = weights("wide_moe", 1).to(torch.bfloat16)
+    config = RolloutConfig(engine="vllm", format="w4a16", gpu_memory=0.1, max_sequences=8, sleep=True)
+    engine = open_engine(config, model_folder("wide_moe"), "bfloat16", CONTEXT, tile_tolerance=0.01)
+    assert isinstance(engine, VllmEngine)
+    rig = Rig("w4a16", "wide_moe", engine, lambda _: policy, published)
+    rig.refill(1)
+    before, addresses = rig.greedy(), rig.addresses()
+    for _ in range(3):
+        free, _ = torch.cuda.mem_get_info()
+        engine.sleep()
+        assert torch.cuda.mem_get_info()[0] - free > 2**30  # its KV cache alone is more
+        with pytest.raises(EngineError, match="it sleeps"):
+            rig.greedy()
+        rig.refill(1)
+        assert _tokens(rig.greedy()) == _tokens(before) and rig.addresses() == addresses
+        for a, b in zip(rig.greedy(), before, strict=True):
+            np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-3)
+    engine.close()
+
+
+def test_every_tensor_is_written_where_it_lives_once_vllm_laid_it_out(rig: Rig):
+    rig.refill(1)
+    refill = rig.engine._refill
+    assert refill.homes.keys() == refill.slots.keys()
 
 
 def test_a_refill_serves_what_was_published_at_the_addresses_it_had(rig: Rig):
