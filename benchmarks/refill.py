@@ -13,6 +13,7 @@ the device settles after each. Neither Ray nor DeepSpeed takes part: gathering f
 from __future__ import annotations
 
 import argparse
+import gc
 import multiprocessing
 import statistics
 import sys
@@ -81,6 +82,7 @@ class Publisher:
         self.canaries = [rng.integers(6, 500, CANARY_TOKENS).astype(np.int32) for _ in range(CANARIES)]
         batch, self.order = pack_to_score(self.canaries, 1, 4096)
         self.batch = batch.ranks[0]
+        gc.freeze()  # as the learner does
         self.proved = True
         self.spare: list[Any] = []
 
