@@ -157,13 +157,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = make_folder(Path(tempfile.mkdtemp(prefix="refill-")), layers, arguments.tiny)
     model = make_policy(layers, arguments.tiny)
     ceilings = Ceilings.measure(arguments.tiny)
-    rows = []
+    out = arguments.out or record.RESULTS / f"refill_{device_name()}{'' if arguments.carrier == 'ipc' else '_x2'}.json"
+    rows: list[dict[str, Any]] = []
     for name in arguments.formats:
         rows.append(measure(model, formats.get(name), folder, arguments, ceilings))
         print(record.table(rows[-1:], COLUMNS), flush=True)
+        record.write_file(out, rows, copy_bytes_s=ceilings.copy_bytes_s)  # a run that is stopped leaves what it had
     print(record.table(rows, COLUMNS))
-    out = arguments.out or record.RESULTS / f"refill_{device_name()}{'' if arguments.carrier == 'ipc' else '_x2'}.json"
-    print("written to", record.write_file(out, rows, copy_bytes_s=ceilings.copy_bytes_s))
+    print("written to", out)
     return 0 if all("error" not in row for row in rows) else 1
 
 
