@@ -142,7 +142,10 @@ class Learner:
         """Hold lines to engines, which call at the same time; returns the bytes of staging memory. Older lines are cut."""
         self._hang_up()
         plan = Plan.of(published_specs(self.shapes, self.format, self.dtype))
-        self._outlet = carriers.answer(self._door, carrier, n_engines, plan, self.device)
+        try:
+            self._outlet = carriers.answer(self._door, carrier, n_engines, plan, self.device)
+        finally:
+            self._door.close()
         return SLOTS * plan.capacity
 
     def publish_to_line(
@@ -153,7 +156,7 @@ class Learner:
         Returns bytes to each engine, seconds by stage, and the log-probs of the canaries at temperature 1, computed while engines
         read on. Where an engine is gone the lines are cut: the engines that are left serve nothing until another version arrives.
         """
-        gathered, outlet, lost, seconds = self._gathered(), self._outlet, False, dict[str, float]()
+        gathered, outlet, seconds = self._gathered(), self._outlet, dict[str, float]()
         try:
             if outlet:
                 outlet.begin(version, self.format.name, self.contract_hash())
@@ -162,17 +165,18 @@ class Learner:
                 )
                 outlet.announce(manifest)
         except PeerLost:
-            lost = True
+            self._hang_up()
+        except BaseException:
+            self._hang_up()  # else the engine would wait for more
+            raise
         _exhaust(gathered)
         scores = self.score(canaries, temperature=1.0) if self.config.zero == 3 else self._canary(canaries)
-        try:
-            if outlet and not lost:
+        if outlet and self._outlet:
+            try:
                 outlet.finish()
-                seconds["transfer"] = outlet.wait_s
-        except PeerLost:
-            lost = True
-        if lost:
-            self._hang_up()
+            except PeerLost:
+                self._hang_up()
+            seconds["transfer"] = outlet.wait_s
         return outlet.plan.n_bytes if outlet else 0, seconds, scores
 
     def _kept_codes(self, name: str, weight: Tensor) -> Codes | None:

@@ -8,7 +8,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 #: pitfall -> "file::test", or a sentence
 PITFALLS = {
-    "sampler and learner quantize different copies": "tests/trainer/test_learner.py::test_codes_follow_the_weights_after_every_update",
+    "sampler and learner quantize different copies": (
+        "tests/trainer/test_learner.py::test_codes_follow_the_weights_after_every_update"
+    ),
     "another scale convention or group size": (
         "tests/rollout/test_engine_contract.py::test_another_group_size_is_a_contract_mismatch"
     ),
@@ -16,7 +18,9 @@ PITFALLS = {
     "fused q, k, v and gate, up share a scale that the parts do not": (
         "tests/trainer/test_publish.py::test_codes_of_fused_tensors_are_codes_of_the_stacked_weights"
     ),
-    "router, lm_head or norms are quantized by accident": "tests/trainer/test_publish.py::test_everything_else_is_published_as_it_is",
+    "router, lm_head or norms are quantized by accident": (
+        "tests/trainer/test_publish.py::test_everything_else_is_published_as_it_is"
+    ),
     "post-load processing is left out, or done twice": (
         "tests/rollout/test_engine_contract.py::test_refills_in_a_row_change_what_is_said_and_going_back_restores_it"
     ),
