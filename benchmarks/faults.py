@@ -153,8 +153,8 @@ def swapped_tensors(rig: Rig, rng: np.random.Generator) -> str:
     return in_flight(rig, rng, spoil, lambda place: place is first)
 
 
-def stale_tensor(rig: Rig, rng: np.random.Generator) -> str:
-    """A part as it was in the version before."""
+def inverted_part(rig: Rig, rng: np.random.Generator) -> str:
+    """All bits of a part."""
     return in_flight(
         rig, rng, lambda values: values.view(torch.uint8).bitwise_not_(), lambda place: place.part == "weight"
     )
@@ -228,7 +228,7 @@ FAULTS: dict[str, Fault] = {
         scale_off_by_one_ulp,
         swapped_rows,
         swapped_tensors,
-        stale_tensor,
+        inverted_part,
         stale_layer,
         dropped_bucket,
         truncated_transfer,

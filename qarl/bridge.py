@@ -15,14 +15,15 @@ from ray.exceptions import RayActorError
 
 from qarl.actors import get
 from qarl.config import RunConfig
+from qarl.errors import LineLost
 from qarl.records import Published, RefillReport, SyncRequest
 
-Answer = RefillReport | RayActorError
+Answer = RefillReport | RayActorError | LineLost
 
 
 class Bridge(Protocol):
-    def connect(self, engines: Sequence[Any]) -> None:
-        """These actors are the engines from now on. Engines that are busy answer when they are done."""
+    def connect(self, engines: Sequence[Any]) -> list[Any]:
+        """These actors are the engines from now on; `None` of each, or its death. Raises what a rank raises."""
 
     def deliver(self, engines: Sequence[Any], request: SyncRequest) -> tuple[Published, list[Answer]]:
         """Bring every engine to the learner's weights as they are, as that version; asked again, for the same request, where an
@@ -37,7 +38,8 @@ class ThroughHost:
     """What is published, and Ray's reference to the `WeightUpdate`."""
     _kept: tuple[SyncRequest, tuple[Published, Any]] | None = None
 
-    def connect(self, engines: Sequence[Any]) -> None: ...
+    def connect(self, engines: Sequence[Any]) -> list[Any]:
+        return [None] * len(engines)
 
     def deliver(self, engines: Sequence[Any], request: SyncRequest) -> tuple[Published, list[Answer]]:
         if self._kept is None or self._kept[0] is not request:
@@ -53,14 +55,19 @@ class OverLines:
         """`learner`: a `cluster.LearnerGroup`."""
         self._carrier, self._learner = carrier, learner
 
-    def connect(self, engines: Sequence[Any]) -> None:
+    def connect(self, engines: Sequence[Any]) -> list[Any]:
         shares = [[engine] for engine in engines] if self._carrier == "ipc" else [list(engines)]
-        self._learner.hold_lines(self._carrier, shares)
+        return self._learner.hold_lines(self._carrier, shares)
 
     def deliver(self, engines: Sequence[Any], request: SyncRequest) -> tuple[Published, list[Answer]]:
         publishing = self._learner.publish_to_lines(request)
         reading = [engine.call.remote("refill_from_line", request.sequences) for engine in engines]
-        return publishing(), answers(reading)
+        published, found = publishing(), answers(reading, LineLost)
+        if not any(isinstance(answer, RayActorError) for answer in found):
+            for answer in found:
+                if isinstance(answer, LineLost):  # by no engine's death
+                    raise answer
+        return published, found  # lines that were cut because of a death are held again before they are asked again
 
 
 def carrier_of(config: RunConfig) -> str:
@@ -70,12 +77,13 @@ def carrier_of(config: RunConfig) -> str:
     return "ipc" if config.placement.mode == "colocate" else "broadcast"
 
 
-def answers(references: Sequence[Any]) -> list[Any]:
-    """Each actor's answer, or its death."""
+def answers(references: Sequence[Any], *errors: type[Exception]) -> list[Any]:
+    """Each actor's answer, or its death, or one of these errors. Raises any other."""
     found: list[Any] = []
+    wanted: tuple[type[Exception], ...] = (RayActorError, *errors)
     for reference in references:
         try:
             found.append(get(reference))
-        except RayActorError as death:
-            found.append(death)
+        except wanted as error:
+            found.append(error)
     return found

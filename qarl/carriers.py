@@ -31,9 +31,8 @@ class SharedMemory:
         self.buffers = buffers
 
     @classmethod
-    def offer(cls, capacity: int, device: torch.device, peers: Sequence[Connection], host: str) -> SharedMemory:
-        """The learner's side: allocates, and sends the handles."""
-        buffers = _staging(capacity, device)
+    def offer(cls, buffers: Sequence[Tensor], peers: Sequence[Connection], host: str) -> SharedMemory:
+        """The learner's side: sends the handles of its buffers."""
         for peer in peers:
             peer.send([reduce_tensor(buffer) for buffer in buffers])
         return cls(buffers)
@@ -65,23 +64,29 @@ class Broadcast:
         self._sending: list[Any] = [None] * SLOTS
 
     @classmethod
-    def offer(cls, capacity: int, device: torch.device, peers: Sequence[Connection], host: str) -> Broadcast:
+    def offer(cls, buffers: Sequence[Tensor], peers: Sequence[Connection], host: str) -> Broadcast:
         """The learner's side. `host`: a name of this node that engines can reach."""
         world = len(peers) + 1
         store = dist.TCPStore(host, 0, world, is_master=True, wait_for_workers=False, timeout=_TIMEOUT)
         for rank, peer in enumerate(peers, start=1):
-            peer.send((host, store.port, rank, world, capacity))
-        return cls(_staging(capacity, device), _group(store, 0, world, device))
+            peer.send((host, store.port, rank, world, len(buffers[0])))
+        return cls(buffers, _group(store, 0, world, buffers[0].device)).met()
 
     @classmethod
     def accept(cls, peer: Connection, device: torch.device) -> Broadcast:
         """The engine's side."""
         host, port, rank, world, capacity = peer.recv()
         store = dist.TCPStore(host, port, world, is_master=False, wait_for_workers=False, timeout=_TIMEOUT)
-        return cls(_staging(capacity, device), _group(store, rank, world, device))
+        return cls(staging(capacity, device), _group(store, rank, world, device)).met()
+
+    def met(self) -> Broadcast:
+        """Once all sides are there: NCCL makes its communicator in the first broadcast, waiting without limit for who is not."""
+        self.pull(0, 1)
+        return self
 
     def claim(self, slot: int) -> None:
-        _wait(self._sending[slot])
+        if self._sending[slot]:
+            _wait(self._sending[slot])
 
     def push(self, slot: int, n_bytes: int) -> None:
         self._sending[slot] = self._broadcast(slot, n_bytes)
@@ -98,18 +103,23 @@ class Broadcast:
     def _broadcast(self, slot: int, n_bytes: int) -> Any:
         options = dist.BroadcastOptions()
         options.rootRank = 0
-        return self._group.broadcast([self.buffers[slot][:n_bytes]], options)
+        try:
+            return self._group.broadcast([self.buffers[slot][:n_bytes]], options)
+        except RuntimeError as error:
+            raise PeerLost(str(error)) from error
 
 
 CARRIERS: dict[str, type[SharedMemory | Broadcast]] = {"ipc": SharedMemory, "broadcast": Broadcast}
 
 
-def answer(door: Door, kind: str, n: int, plan: Plan, device: torch.device) -> Outlet:
-    """The learner's end of lines to `n` engines, which call at the same time."""
+def answer(door: Door, kind: str, n: int, plan: Plan, device: torch.device, buffers: Sequence[Tensor] = ()) -> Outlet:
+    """The learner's end of lines to `n` engines, which call at the same time. `buffers`: those of lines before, of that plan."""
     peers = door.accept(n)
     for peer in peers:
         peer.send(kind)
-    return Outlet(plan, CARRIERS[kind].offer(plan.capacity, device, peers, door.address.host), peers)
+    return Outlet(
+        plan, CARRIERS[kind].offer(buffers or staging(plan.capacity, device), peers, door.address.host), peers
+    )
 
 
 def call(address: Address, device: torch.device) -> Inlet:
@@ -126,7 +136,7 @@ def _wait(work: Any) -> None:
         raise PeerLost(str(error)) from error
 
 
-def _staging(capacity: int, device: torch.device) -> list[Tensor]:
+def staging(capacity: int, device: torch.device) -> list[Tensor]:
     return [torch.empty(capacity, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
 
 

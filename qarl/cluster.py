@@ -31,7 +31,7 @@ from qarl.actors import get, reserve, spawn_engine, spawn_learner, with_header
 from qarl.batching import pack_to_score
 from qarl.bridge import Bridge, OverLines, ThroughHost, answers, carrier_of
 from qarl.config import LearnerConfig, RunConfig
-from qarl.errors import EngineError, LearnerError
+from qarl.errors import EngineError, LearnerError, LineLost
 from qarl.records import (
     Completion,
     MiniBatch,
@@ -43,6 +43,7 @@ from qarl.records import (
     SyncRequest,
     UpdateStats,
 )
+from qarl.transfer import PeerLost
 
 GRACE_S = 10.0
 """For the news that an actor died to arrive, when another already failed for want of it."""
@@ -96,13 +97,24 @@ class LearnerGroup:
         header = self._all([header for header, _ in pairs])[0]
         return Published(**header, canaries=self.score(request.canaries, temperature=1.0)), pairs[0][1]
 
-    def hold_lines(self, carrier: str, engines: Sequence[Sequence[Any]]) -> None:
-        """Rank i from now on publishes to the i-th share of these engine actors, over lines of its own."""
+    def hold_lines(self, carrier: str, engines: Sequence[Sequence[Any]]) -> list[Any]:
+        """Rank i from now on publishes to the i-th share of these engine actors, over lines of its own; `None` of each engine, or
+        its death."""
         ranks = self._ranks[: len(engines)]
         doors = self._all([rank.open_door.remote() for rank in ranks])
         calling = [e.call.remote("connect", door) for share, door in zip(engines, doors, strict=True) for e in share]
-        self._all([r.call.remote("answer", carrier, len(share)) for r, share in zip(ranks, engines, strict=True)])
-        get(calling)
+        answering = [r.call.remote("answer", carrier, len(share)) for r, share in zip(ranks, engines, strict=True)]
+        found = answers(calling, LineLost, OSError, EOFError)
+        dead = any(isinstance(answer, RayActorError) for answer in found)
+        for answer in found:
+            if answer is not None and not dead:
+                raise answer
+        try:
+            self._all(answering)
+        except (PeerLost, TimeoutError):  # of an engine that died
+            if not dead:
+                raise
+        return found
 
     def publish_to_lines(self, request: SyncRequest) -> Callable[[], Published]:
         """Publish over all lines; what is returned waits until it is done."""
@@ -163,7 +175,7 @@ class Sampler:
     def wait(self) -> None:
         """Until every engine stands, and has a line to the learner."""
         self._replace_dead(answers(self._starting))
-        self._bridge.connect(self._engines)
+        self._connect()
 
     def refill(self, request: SyncRequest) -> tuple[Published, list[RefillReport]]:
         """Every engine takes the learner's weights and proves them. Raises `SyncError`."""
@@ -172,7 +184,7 @@ class Sampler:
             published, found = self._bridge.deliver(self._engines, request)
             if not self._replace_dead(found):
                 return published, [report for report in found if isinstance(report, RefillReport)]
-            self._bridge.connect(self._engines)
+            self._connect()
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> list[Completion]:
         """n completions a prompt, in the order of the prompts; `seeds`: int64 [prompts, n]."""
@@ -183,7 +195,10 @@ class Sampler:
 
     def sleep(self) -> None:
         """Engines give their GPU memory to the learner, until the next refill."""
-        self._ask(lambda engine, _: engine.call.remote("sleep"))
+        while self._replace_dead(answers([engine.call.remote("sleep") for engine in self._engines])):
+            self._connect()
+            if self._request:
+                self.refill(self._request)  # which wakes the others: all are asked again
 
     def score(self, sequences: Sequence[np.ndarray], prompt_lengths: Sequence[int]) -> list[list[np.ndarray]]:
         """[engine][sequence] -> log-probs of the tokens after the prompt, as each engine serves them."""
@@ -194,12 +209,17 @@ class Sampler:
         arrived, so nothing is counted twice."""
         found = answers([call(engine, i) for i, engine in enumerate(self._engines)])
         while dead := self._replace_dead(found):
-            self._bridge.connect(self._engines)
+            self._connect()
             if self._request:
                 self.refill(self._request)
             for index, answer in zip(dead, answers([call(self._engines[i], i) for i in dead]), strict=True):
                 found[index] = answer
         return found
+
+    def _connect(self) -> None:
+        """Lines to all engines, also where one dies as it calls."""
+        while self._replace_dead(self._bridge.connect(self._engines)):
+            pass
 
     def _replace_dead(self, found: Sequence[Any]) -> list[int]:
         """Start engines again that died in the place of an answer; returns which."""

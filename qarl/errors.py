@@ -13,6 +13,10 @@ class SyncError(RuntimeError):
     """The engine does not serve what the learner published. Generation must not go on."""
 
 
+class LineLost(SyncError):
+    """The other side of a transfer was gone before all of it had arrived."""
+
+
 class EngineError(RuntimeError):
     """The engine cannot do what was asked, or died more often than it may be restarted."""
 

@@ -134,7 +134,7 @@ class Tile:
     columns: np.ndarray
     """int64 [C]: input features."""
     values: np.ndarray
-    """float32 [N, C] of a matrix: the dequantized columns, all output features."""
+    """float32 [N, C] of a matrix, [E, N, C] of experts: the dequantized columns, all output features."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class RefillReport:
     contract_hash: str
     """Computed by the engine from its own model."""
     seconds: Mapping[str, float]
-    """Stage -> seconds of the engine: `wait` (for what is to be loaded), `load`, `verify`."""
+    """Stage -> seconds of the engine: `wait` (for what is to be loaded), `wake`, `load`, `canary`, `verify`."""
     max_tile_error: float
     """Largest |served - published| over the tiles, in units of the tensor's largest |weight|."""
     canaries: list[np.ndarray] = field(default_factory=list)

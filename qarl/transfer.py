@@ -12,18 +12,21 @@ largest bucket. A side that dies closes its socket, which the other one notices 
 
 from __future__ import annotations
 
+import os
 import secrets
 import socket
+import struct
 import time
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from qarl.errors import SyncError
+from qarl.errors import LineLost, SyncError
 from qarl.fusion import module_of
 from qarl.kernels.checksum import Fixed
 from qarl.records import Tile, WeightUpdate, WireTensor
@@ -33,8 +36,9 @@ SLOTS = 2
 """Buffers: one is read while the other is filled."""
 _ALIGNMENT = 256
 """Bytes: as CUDA's own allocations, so that any dtype's vector loads are whole."""
-_CONNECT_S = 120.0
+_CONNECT_S = 60.0
 """For an engine to call once it was told to."""
+_GREET_S = 10
 
 Tensors = dict[str, dict[str, Tensor]]
 
@@ -210,9 +214,11 @@ class Outlet:
         """Where the parts of this tensor are to be written. Tensors come in the order of the plan."""
         bucket = self._bucket_of[name]
         if bucket != self._bucket:
+            if bucket != self._bucket + 1:
+                raise ValueError(f"{name} is of bucket {bucket}, which does not follow bucket {self._bucket}")
             if bucket >= SLOTS:
                 self._await_release()
-                self.carrier.claim(bucket % SLOTS)
+            self.carrier.claim(bucket % SLOTS)
             self._bucket, self._done = bucket, 0
         return self._rooms[bucket][name]
 
@@ -221,6 +227,8 @@ class Outlet:
         self._done += 1
         if self._done == len(self._rooms[self._bucket]):
             self._sums.append(self._fixed[self._bucket].pending())
+            if self._bucket == 0:
+                self._await_release()  # engines have agreed to the contract: none will refuse and leave a broadcast waiting
             self.carrier.push(self._bucket % SLOTS, self.plan.size(self._bucket))
             self._tell(self._bucket)
 
@@ -275,6 +283,7 @@ class Inlet:
         return self
 
     def buckets(self) -> Generator[Tensors, None, None]:
+        self._release()  # of nothing yet: the version is welcome
         for bucket in range(len(self.plan.buckets)):
             told = self._hear(f"bucket {bucket} of version {self.version}")
             if told != bucket:
@@ -283,7 +292,7 @@ class Inlet:
             try:
                 self.carrier.pull(slot, self.plan.size(bucket))
             except PeerLost as gone:
-                raise SyncError(f"version {self.version}: bucket {bucket} did not arrive: {gone}") from gone
+                raise LineLost(f"version {self.version}: bucket {bucket} did not arrive: {gone}") from gone
             yield self._rooms[bucket]
             self.carrier.release(slot)
             self._release()
@@ -303,13 +312,13 @@ class Inlet:
         try:
             self._peer.send(None)
         except OSError as gone:
-            raise SyncError(f"the learner is gone in the middle of version {self.version}: {gone}") from gone
+            raise LineLost(f"the learner is gone in the middle of version {self.version}: {gone}") from gone
 
     def _hear(self, what: str, kind: type | None = None) -> Any:
         try:
             message = self._peer.recv()
         except (OSError, EOFError) as gone:
-            raise SyncError(f"the learner was gone before it sent {what}") from gone
+            raise LineLost(f"the learner was gone before it sent {what}") from gone
         if kind is not None and not isinstance(message, kind):
             raise SyncError(f"the learner sent {message!r} in place of {what}")
         return message
@@ -321,7 +330,7 @@ class Address:
 
     host: str
     port: int
-    secret: bytes
+    secret: bytes = field(repr=False)
 
 
 class Door:
@@ -332,32 +341,51 @@ class Door:
         self.address = Address(host, self._server.getsockname()[1], secrets.token_bytes(32))
 
     def accept(self, n: int) -> list[Connection]:
-        """Connections to `n` engines. Raises `TimeoutError`."""
-        self._server.settimeout(_CONNECT_S)
-        return [self._greet(self._server.accept()[0]) for _ in range(n)]
+        """Connections to `n` engines; other callers are turned away. Raises `TimeoutError`."""
+        deadline = time.monotonic() + _CONNECT_S
+        found: list[Connection] = []
+        while len(found) < n:
+            self._server.settimeout(max(deadline - time.monotonic(), 0.001))
+            called, _ = self._server.accept()
+            try:
+                found.append(_connection(called, self._greet))
+            except (OSError, EOFError, AuthenticationError):
+                continue
+        return found
 
     def close(self) -> None:
         self._server.close()
 
-    def _greet(self, called: socket.socket) -> Connection:
-        connection = _connection(called)
+    def _greet(self, connection: Connection) -> None:
         deliver_challenge(connection, self.address.secret)
         answer_challenge(connection, self.address.secret)
-        return connection
 
 
 def dial(address: Address) -> Connection:
     """Connect to a learner's door."""
-    connection = _connection(socket.create_connection((address.host, address.port), timeout=_CONNECT_S))
-    answer_challenge(connection, address.secret)
-    deliver_challenge(connection, address.secret)
-    return connection
+
+    def greet(connection: Connection) -> None:
+        answer_challenge(connection, address.secret)
+        deliver_challenge(connection, address.secret)
+
+    return _connection(socket.create_connection((address.host, address.port), timeout=_CONNECT_S), greet)
 
 
-def _connection(opened: socket.socket) -> Connection:
+def _connection(opened: socket.socket, greet: Callable[[Connection], None]) -> Connection:
+    """A connection on the socket, once both sides have proved to know the secret, which they get a few seconds for."""
     opened.settimeout(None)
     opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # messages are small, and each is waited for
-    return Connection(opened.detach())
+    opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", _GREET_S, 0))
+    connection = Connection(os.dup(opened.fileno()))
+    try:
+        greet(connection)
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 0, 0))
+    except BaseException:
+        connection.close()
+        raise
+    finally:
+        opened.close()
+    return connection
 
 
 def _arrived(name: str, part: str, wire: WireTensor) -> Tensor:

@@ -140,9 +140,13 @@ class Engine(ABC):
 
     def connect(self, address: Address) -> None:
         """Hold a line to a learner, which opens its door at the same time. A line from before is cut."""
+        self._cut_line()
+        self._inlet = carriers.call(address, self.device)
+
+    def _cut_line(self) -> None:
         if self._inlet:
             self._inlet.close()
-        self._inlet = carriers.call(address, self.device)
+        self._inlet = None
 
     def refill_from_line(self, canaries: Sequence[np.ndarray] = ()) -> RefillReport:
         """`refill` with what comes over the line, as it comes. Raises `SyncError`, also where the learner dies meanwhile."""
@@ -161,34 +165,40 @@ class Engine(ABC):
                     f"weights of version {delivery.version} are stale: version {self.version} is being served"
                 )
             with stages("verify"):
-                contract = self.contract_hash()
-                proof.check_contract(delivery, self._expected(), self.format, contract)
+                contract, expected = self.contract_hash(), self._expected()
+                proof.check_contract(delivery, expected, self.format, contract)
+                # What is held wider than it was published is checked as it arrived: it holds other bytes.
+                same = {name for name, parts in expected.items() if parts == delivery.specs[name]}
             with stages("wake"):
                 self._wake_weights()
-            arrived = self._load_all(delivery, stages)
+            arrived = self._load_all(delivery, same, stages)
             manifest = delivery.manifest()
         except BaseException:
             delivery.abandon()
             raise
         with stages("verify"):
-            served = self._read_back()  # the device sums while canaries are scored
+            # The device sums while canaries are scored.
+            served = {name: parts for name, parts in self._read_back().items() if name in same}
         with stages("wake"):
             self._wake_caches()
-        with stages("canary"):
-            scores = self._score(canaries, [1] * len(canaries)) if canaries else []
-        with stages("verify"):
-            error = self._prove(arrived, served, manifest)
+        try:
+            with stages("canary"):
+                scores = self._score(canaries, [1] * len(canaries)) if canaries else []
+        finally:  # weights that cannot even be scored are named, if they are not those that were published
+            with stages("verify"):
+                error = self._prove(arrived, served, manifest)
         self.version, self._refusal = delivery.version, None
         return RefillReport(delivery.version, contract, stages.seconds, error, scores)
 
     def _prove(self, arrived: Tensors, served: Tensors, manifest: Manifest) -> float:
         """The worst tile, once every checksum is the published one."""
-        sums = torch.stack([one for parts in (arrived | served).values() for one in parts.values()])
+        held = [one.to(self.device) for parts in (arrived | served).values() for one in parts.values()]
+        sums = torch.stack(held)
         proof.check_sums(manifest.checksums, named_sums(arrived | served, sums), served)
         return proof.worst_tile(manifest.tiles, self._served_columns, self.tile_tolerance)
 
-    def _load_all(self, delivery: Delivery, stages: Stages) -> Tensors:
-        """Pending checksums of parts as they arrived; of those that will be read back instead, of none."""
+    def _load_all(self, delivery: Delivery, same: set[str], stages: Stages) -> Tensors:
+        """Pending checksums of parts as they arrived; of those in `same` that will be read back instead, of none."""
         arrived: Tensors = {}
         with closing(delivery.buckets()) as buckets:
             while True:
@@ -200,7 +210,7 @@ class Engine(ABC):
                     self._load(tensors)
                 with stages("verify"):
                     for name, parts in tensors.items():
-                        if not self._can_read_back(name):
+                        if name not in same or not self._can_read_back(name):
                             arrived[name] = {part: pending(values) for part, values in parts.items()}
         with stages("load"):
             self._loaded()

@@ -94,9 +94,9 @@ def _home(slot: Slot, part: str, live: Tensor) -> Home | None:
         return MarlinScales(live) if part == "weight_scale" and tuple(live.shape) == transposed else None
     if live.dtype != slot.raw(part).dtype:
         return None
-    if tuple(live.shape) == shape:
-        return Plain(live)
-    return Plain(live.mT) if live.ndim > 1 and tuple(live.mT.shape) == shape else None
+    # A square weight has its shape both ways: the one that lies in memory as it was published is meant.
+    views = [live, live.mT] if live.ndim > 1 else [live]
+    return next((Plain(view) for view in views if tuple(view.shape) == shape and view.is_contiguous()), None)
 
 
 def _has_int4(module: Any) -> bool:

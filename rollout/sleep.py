@@ -21,11 +21,11 @@ def remember(model: nn.Module, homes: Mapping[str, Mapping[str, Home]]) -> list[
     """(tensor on the device, its values on the host) of everything that layers hold and homes do not."""
     filled = {home.live.data_ptr() for parts in homes.values() for home in parts.values()}
     dropped = [(at, at + data.handle[1]) for at, data in _allocations() if data.tag == "weights"]
-    found = {
-        tensor.data_ptr(): tensor
-        for tensor in _held(model)
-        if any(start <= tensor.data_ptr() < end for start, end in dropped) and tensor.data_ptr() not in filled
-    }
+    found: dict[int, Tensor] = {}
+    for tensor in _held(model):
+        at = tensor.data_ptr()
+        if any(start <= at < end for start, end in dropped) and at not in filled:
+            found[at] = max(found.get(at, tensor), tensor, key=Tensor.numel)  # views begin where the whole does
     return [(tensor, tensor.cpu()) for tensor in found.values()]
 
 

@@ -106,6 +106,7 @@ class TorchEngine(Engine):
 
     def close(self) -> None:
         self._refusal = "it was closed"
+        self._cut_line()
         del self._skeleton
 
 

@@ -45,7 +45,7 @@ class VllmEngine(Engine):
         super().__init__(config, path, max_tokens, tile_tolerance)
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        self.text = Text(path)
+        self.text, self._sleeps = Text(path), config.sleep
         self._core = self._start(config, str(path), dtype)
         worker = self._core.engine_core.model_executor.driver_worker.worker
         from qarl.rollout.refill import Refill
@@ -93,6 +93,7 @@ class VllmEngine(Engine):
         vllm_config = args.create_engine_config()
         core = InprocClient(vllm_config, Executor.get_class(vllm_config), log_stats=False)
         torch.set_num_threads = set_num_threads  # vLLM's CPU worker replaces it by nothing, for the whole process
+        gc.collect()
         gc.freeze()  # the model stays: a collection over all its objects would fall into a sync now and then, and double it
         return core
 
@@ -124,6 +125,10 @@ class VllmEngine(Engine):
     def sleep(self) -> None:
         from qarl.rollout.sleep import remember
 
+        if not self._sleeps:
+            return super().sleep()
+        if self._core.is_sleeping():
+            return
         self._refusal = "it sleeps: its weights were dropped"
         self._remembered = remember(self._refill.model, self._refill.homes)
         self._core.sleep(2)
@@ -250,6 +255,7 @@ class VllmEngine(Engine):
         """Ends vLLM's process groups too, and on a GPU its and cuBLAS's workspaces, which all engines of a process share
         and their graphs hold: close them together, or one before the next starts."""
         self._refusal = "it was closed"
+        self._cut_line()
         self._core.shutdown()
         del self._core, self._refill
         if torch.cuda.is_available():

@@ -23,6 +23,8 @@ class Canary:
 
     def __init__(self, policy: Policy, aligned: AlignedModel, device: torch.device) -> None:
         self._policy, self._aligned, self._device = policy, aligned, device
+        weights = dict(policy.model.named_parameters())
+        self._covered = {name: weights[name] for name in aligned.covered}
         self._captured: tuple[list[bytes], list[int], torch.cuda.CUDAGraph, list[Tensor]] | None = None
 
     def __call__(self, batches: Sequence[MicroBatch]) -> list[np.ndarray]:
@@ -34,6 +36,8 @@ class Canary:
         if self._device.type != "cuda":
             found = self._forward([to_tensors(batch, self._device) for batch in batches])
         else:
+            for name, weight in self._covered.items():
+                self._aligned.codes(name, weight)  # a graph reads codes, it does not renew them
             asked = [batch.tokens.tobytes() + batch.lengths.tobytes() for batch in batches]
             if self._captured is None or self._captured[:2] != (asked, self._addresses()):
                 self._capture(asked, batches)
@@ -48,6 +52,8 @@ class Canary:
     def _capture(self, asked: list[bytes], batches: Sequence[MicroBatch]) -> None:
         packed = [to_tensors(batch, self._device) for batch in batches]
         self._captured = None  # its memory is free for the next
+        trains = self._policy.training
+        self._policy.eval()  # gradient checkpointing would ask for the state of a random generator, which no graph may
         aside = torch.cuda.Stream(self._device)
         aside.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(aside):  # kernels compile and libraries make their workspaces outside of a graph
@@ -56,6 +62,7 @@ class Canary:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             found = self._forward(packed)
+        self._policy.train(trains)
         self._captured = asked, self._addresses(), graph, found
         self._inputs = packed  # the graph reads them
 

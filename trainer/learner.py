@@ -77,9 +77,12 @@ class Learner:
         )
         self.optimizer.register_step_pre_hook(self._before_weights_change)
         self._grad_norm = math.nan
+        gc.collect()
         gc.freeze()  # as the engine does: the model stays, and a collection over it would fall into a sync now and then
         self.dtype = getattr(torch, dtype)
         self._outlet: Outlet | None = None
+        self._staging: Sequence[Tensor] = ()
+        """Kept for the next lines: memory that an engine mapped and died with would not come back."""
 
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape, as in the transformers model; tied parameters once."""
@@ -128,7 +131,7 @@ class Learner:
         gathered = self._gathered()
         if self.rank == 0:
             return make_update(
-                gathered, self.shapes, self.format, version, self.device, self.dtype, n_tiles, self.aligned.codes
+                gathered, self.shapes, self.format, version, self.device, self.dtype, n_tiles, self._kept_codes
             )
         _exhaust(gathered)
         return None
@@ -143,7 +146,8 @@ class Learner:
         self._hang_up()
         plan = Plan.of(published_specs(self.shapes, self.format, self.dtype))
         try:
-            self._outlet = carriers.answer(self._door, carrier, n_engines, plan, self.device)
+            self._outlet = carriers.answer(self._door, carrier, n_engines, plan, self.device, self._staging)
+            self._staging = self._outlet.carrier.buffers
         finally:
             self._door.close()
         return SLOTS * plan.capacity

@@ -26,8 +26,6 @@ from qarl.wire import Specs, named_sums, published_specs, to_wire
 Codes = dict[str, Tensor]
 KeptCodes = Callable[[str, Tensor], Codes | None]
 """(name, weight) -> codes of the weight as it is, or `None` where they have to be made."""
-TILE_COLUMNS = 1
-"""Of a tile: of experts a column of each, which is megabytes already."""
 
 
 class Room(Protocol):
@@ -109,10 +107,9 @@ def chosen_tiles(covered: Mapping[str, Shape], version: int, n_tiles: int) -> se
 
 
 def tile_of(codes: Codes, shape: Shape, format: QuantFormat, version: int) -> tuple[Tensor, Tensor]:
-    """int64 [C] and float32 [*, N, C]: a few columns, spread over the inputs, and the weights dequantized there."""
-    stride = shape[-1] // TILE_COLUMNS
+    """int64 [1] and float32 [*, N, 1]: one column of the inputs, another each version, and the weights dequantized there."""
     device = next(iter(codes.values())).device
-    columns = torch.arange(TILE_COLUMNS, device=device) * stride + version % max(stride, 1)
+    columns = torch.tensor([version % shape[-1]], device=device)
     return columns, quantizer(format.name, device.type).columns(codes, format.group, columns)
 
 

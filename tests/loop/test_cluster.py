@@ -19,7 +19,7 @@ import torch
 
 from qarl import wire
 from qarl.batching import pack_to_score
-from qarl.bridge import OverLines, ThroughHost
+from qarl.bridge import Bridge, OverLines, ThroughHost
 from qarl.cluster import LearnerGroup, Sampler, ray_session
 from qarl.errors import EngineError, LearnerError
 from qarl.prepare import prepare
@@ -147,8 +147,10 @@ def test_two_ranks_of_zero_2_learn_as_one(single, pair):
 @pytest.mark.slow
 def test_two_ranks_of_zero_3_learn_as_one(single, config, inputs):
     learner, found = one_update(config, inputs, ranks=2, zero=3)
-    learner.close()
     check_same_update(single[1], found)
+    said = [served(config, inputs, bridge, request(learner, 2)) for bridge in both_bridges(learner)]
+    learner.close()
+    assert said[0] == said[1]
 
 
 def test_engines_that_die_are_replaced_and_change_nothing(single, config, inputs):
@@ -185,24 +187,35 @@ def test_engines_that_die_are_replaced_and_change_nothing(single, config, inputs
     thread.join()
 
 
+def both_bridges(learner: LearnerGroup) -> tuple[Bridge, Bridge]:
+    return ThroughHost(learner.publish), OverLines("broadcast", learner)
+
+
+def served(config, inputs, bridge: Bridge, *requests: SyncRequest, dies_at: int | None = None) -> list[list[int]]:
+    """What two engines say after these syncs; one of them dies in the middle of the sync of that place."""
+    sampler = Sampler(replace(config, rollout=replace(config.rollout, replicas=2)), inputs.model, bridge)
+    sampler.wait()
+    for i, asked in enumerate(requests):
+        if i == dies_at:
+            ray.get(sampler._engines[1].__ray_call__.remote(dies_while_it_loads))
+        published, reports = sampler.refill(asked)
+        assert published.version == asked.version and published.n_bytes > 0
+        assert [report.version for report in reports] == [asked.version] * 2
+    assert sampler.restarted == (dies_at is not None)
+    prompts = inputs.heldout[:4]
+    seeds = completion_seeds(0, "lines", 0, len(prompts), 2)
+    said = sampler.generate(prompts, Sampling(temperature=1.0, max_tokens=20), seeds)
+    for engine in sampler._engines:
+        ray.kill(engine)
+    return [c.tokens.tolist() for c in said]
+
+
 def test_versions_over_lines_are_those_through_the_host_also_where_an_engine_dies(single, config, inputs):
     """One that dies in the middle of a refill is started again, given a line, and refilled to the version that was asked for."""
     learner = single[0]
-    sampling, prompts = Sampling(temperature=1.0, max_tokens=20), inputs.heldout[:4]
-    seeds = completion_seeds(0, "lines", 0, len(prompts), 2)
-    said = []
-    for bridge in (ThroughHost(learner.publish), OverLines("broadcast", learner)):
-        sampler = Sampler(replace(config, rollout=replace(config.rollout, replicas=2)), inputs.model, bridge)
-        sampler.wait()
-        published, reports = sampler.refill(request(learner, 7))
-        assert published.version == 7 and published.n_bytes > 0
-        assert [report.version for report in reports] == [7, 7]
-        if isinstance(bridge, OverLines):
-            ray.get(sampler._engines[1].__ray_call__.remote(dies_while_it_loads))
-            _, reports = sampler.refill(request(learner, 8))
-            assert [report.version for report in reports] == [8, 8] and sampler.restarted == 1
-        said.append([c.tokens.tolist() for c in sampler.generate(prompts, sampling, seeds)])
-    assert said[0] == said[1]
+    versions = [request(learner, 7), request(learner, 8)]
+    host, lines = both_bridges(learner)
+    assert served(config, inputs, host, *versions) == served(config, inputs, lines, *versions, dies_at=1)
 
 
 # Of no module, so that Ray sends it by value.
