@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import multiprocessing
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -20,73 +19,26 @@ import numpy as np
 import torch
 
 from benchmarks import record
-from benchmarks.refill import Publisher, make_folder, make_policy
-from benchmarks.refill_engine import serve
-from benchmarks.timing import device, device_name
-from qarl import carriers, formats
+from benchmarks.refill_rig import Rig, make_folder, make_policy
+from benchmarks.timing import device_name
+from qarl import formats
 from qarl.errors import SyncError
-from qarl.transfer import Door, PeerLost
+from qarl.transfer import PeerLost
 
 LAYERS = 4
 CANARY_TOLERANCE = 1e-3
 """Nats a token. Engine and learner agree to 1e-7 at int8, which is why the faults are put into that format."""
 
 
-class Rig:
-    """An engine process, a publisher, and the line between them."""
-
-    def __init__(self, format: str, tiny: bool, carrier: str) -> None:
-        folder = make_folder(Path(tempfile.mkdtemp(prefix="faults-")), LAYERS, tiny)
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.engine = context.Process(target=serve, args=(theirs, str(folder), format, 0, False), daemon=True)
-        self.engine.start()
-        theirs.close()
-        self.publisher = Publisher(make_policy(LAYERS, tiny), formats.get(format))
-        self.carrier, self.door = carrier, Door("127.0.0.1")
-        self.outlet: Any = None
-        self._answer()
-        self.connect()
-
-    def connect(self) -> None:
-        if self.outlet:
-            self.outlet.close()
-        self.pipe.send(("connect", self.door.address))
-        self.outlet = carriers.answer(self.door, self.carrier, 1, self.publisher.plan, device())
-        self._answer()
-
-    def ask(self, *question: Any) -> Any:
-        self.pipe.send(question)
-        return self._answer()
-
-    def sync(self) -> str | None:
-        """One sync; `None`, or what it was refused for."""
-        self.publisher.update()
-        self.pipe.send(("sync", self.publisher.canaries))
-        lost = False
-        try:
-            self.publisher.publish(self.outlet)
-        except PeerLost:
-            lost = True
-        try:
-            served = self._answer().canaries
-        except SyncError as error:
-            self.connect()
-            return str(error)
-        assert not lost
-        gap = self.publisher.gap(served)
-        return None if gap <= CANARY_TOLERANCE else f"canaries differ by {gap:.3g} nats"
-
-    def close(self) -> None:
-        self.pipe.close()
-        self.engine.join(10)
-        self.engine.kill()
-
-    def _answer(self) -> Any:
-        told = self.pipe.recv()
-        if isinstance(told, BaseException):
-            raise told
-        return told
+def attempt(rig: Rig) -> str | None:
+    """One sync; `None`, or what it was refused for."""
+    try:
+        report, _ = rig.sync()
+    except SyncError as error:
+        rig.connect()
+        return str(error)
+    gap = rig.publisher.gap(report.canaries)
+    return None if gap <= CANARY_TOLERANCE else f"canaries differ by {gap:.3g} nats"
 
 
 Fault = Callable[[Rig, np.random.Generator], str]
@@ -245,15 +197,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="narrow, over gloo where there is no GPU")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args(argv)
-    rig = Rig(arguments.format, arguments.tiny, "ipc" if torch.cuda.is_available() else "broadcast")
+    folder = make_folder(Path(tempfile.mkdtemp(prefix="faults-")), LAYERS, arguments.tiny)
+    carrier = "ipc" if torch.cuda.is_available() else "broadcast"
+    rig = Rig(make_policy(LAYERS, arguments.tiny), folder, formats.get(arguments.format), carrier)
     rng = np.random.default_rng(0)
     names = list(FAULTS)
     rows: dict[str, collections.Counter[str]] = {name: collections.Counter() for name in names}
-    alarms = [alarm for alarm in (rig.sync(), rig.sync()) if alarm]
+    alarms = [alarm for alarm in (attempt(rig), attempt(rig)) if alarm]
     for i in range(arguments.n):
         name = names[i % len(names)]
         said_of = FAULTS[name](rig, rng)
-        said = rig.sync()
+        said = attempt(rig)
         rig.ask("forget_to_load", None)
         rig.connect()  # a fresh outlet: the fault went with the old one
         rows[name] += collections.Counter(
@@ -261,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         if said is None or said_of not in said:
             print(f"{name}: wanted {said_of!r}, got {said!r}", flush=True)
-        if alarm := rig.sync():
+        if alarm := attempt(rig):
             alarms.append(alarm)
             print(f"false alarm after {name}: {alarm}", flush=True)
     rig.close()

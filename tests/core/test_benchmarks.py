@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 
-from benchmarks import kernels, timing
+from benchmarks import faults, kernels, refill, timing
 from benchmarks.floors import ideal_ratio
 from benchmarks.rows import Bar, Report
 from qarl.errors import ConfigError
@@ -101,3 +101,22 @@ def test_rows_of_a_run_that_is_stopped_are_on_disk(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         report.add({"group": "dense"}, stop)
     assert len(json.loads((tmp_path / "r.json").read_text())["rows"]) == 1
+
+
+def test_faults_put_into_syncs_are_caught_and_nothing_else(tmp_path):
+    """On a torch engine, which cannot read back what it holds: a layer that it leaves alone is seen by a tile or the canaries."""
+    out = tmp_path / "faults.json"
+    faults.main(["--tiny", "--n", "10", "--format", "w4a16", "--out", str(out)])
+    told = json.loads(out.read_text())
+    assert told["false_alarms"] == [] and told["clean"] == 12
+    assert [(row["injected"], row["caught"]) for row in told["rows"]] == [(1, 1)] * len(faults.FAULTS)
+    assert {row["fault"] for row in told["rows"] if row["named"]} >= set(faults.FAULTS) - {"stale_layer"}
+
+
+def test_a_sync_is_measured_stage_by_stage(tmp_path):
+    out = tmp_path / "refill.json"
+    arguments = ["--tiny", "--carrier", "broadcast", "--peer", "0", "--syncs", "1", "--formats", "w4a16_g32"]
+    assert refill.main([*arguments, "--out", str(out)]) == 0
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["canary"] < 1e-5 and 0 < row["median_s"] <= row["worst_s"]
+    assert all(row[f"{stage}_s"] >= 0 for stage in refill.STAGES if stage != "canary")
