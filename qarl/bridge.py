@@ -14,7 +14,6 @@ from typing import Any, Protocol
 from ray.exceptions import RayActorError
 
 from qarl.actors import get
-from qarl.config import RunConfig
 from qarl.errors import LineLost
 from qarl.records import Published, RefillReport, SyncRequest
 
@@ -68,13 +67,6 @@ class OverLines:
                 if isinstance(answer, LineLost):  # by no engine's death
                     raise answer
         return published, found  # lines that were cut because of a death are held again before they are asked again
-
-
-def carrier_of(config: RunConfig) -> str:
-    """How the placement asks versions to travel."""
-    if not config.placement.gpus or config.rollout.engine != "vllm":
-        return "host"
-    return "ipc" if config.placement.mode == "colocate" else "broadcast"
 
 
 def answers(references: Sequence[Any], *errors: type[Exception]) -> list[Any]:

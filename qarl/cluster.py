@@ -29,7 +29,7 @@ from ray.exceptions import RayActorError
 from qarl import formats
 from qarl.actors import get, reserve, spawn_engine, spawn_learner, with_header
 from qarl.batching import pack_to_score
-from qarl.bridge import Bridge, OverLines, ThroughHost, answers, carrier_of
+from qarl.bridge import Bridge, OverLines, ThroughHost, answers
 from qarl.config import LearnerConfig, RunConfig
 from qarl.errors import EngineError, LearnerError, LineLost
 from qarl.records import (
@@ -261,7 +261,7 @@ class Cluster:
             if config.placement.gpus and config.placement.mode == "colocate":
                 # vLLM measures the device's memory while it starts, and takes what others allocate meanwhile for its own.
                 learner.wait()
-            carrier = carrier_of(config)
+            carrier = config.carrier
             bridge = ThroughHost(learner.publish) if carrier == "host" else OverLines(carrier, learner)
             sampler = Sampler(config, model, bridge)
             learner.wait()

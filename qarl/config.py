@@ -506,6 +506,13 @@ class RunConfig:
             f"learner.tokens: {self.learner.tokens} cannot hold one sequence of model.max_tokens = {self.model.max_tokens}",
         )
 
+    @property
+    def carrier(self) -> Literal["host", "ipc", "broadcast"]:
+        """How the placement asks published weights to travel; see `qarl.bridge`."""
+        if not self.placement.gpus or self.rollout.engine != "vllm":
+            return "host"
+        return "ipc" if self.placement.mode == "colocate" else "broadcast"
+
     def _check_placement(self) -> None:
         gpus, mode = self.placement.gpus, self.placement.mode
         _require(

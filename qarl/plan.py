@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from qarl import formats
 from qarl.config import RunConfig
+from qarl.fusion import engine_name, module_of
 from qarl.shapes import architecture, parameter_shapes
 
 GB = 1e9
@@ -29,13 +30,22 @@ class Memory:
     gathered: float
     """The largest decoder layer, whole, in the model's dtype: what ZeRO-3 holds while it computes."""
     codes: float
-    """Published codes on their way to the engine; below ZeRO-3 also those that the learner computes with, kept for a step."""
+    """Buffers for published codes on their way to engines; below ZeRO-3 also the codes that the learner computes with, kept for a
+    step. Engines on GPUs of their own have such buffers too, taken from what the KV cache leaves."""
     engine: float
     kv_cache: float
 
     @property
     def total(self) -> float:
         return sum(vars(self).values())
+
+
+#: `RunConfig.carrier` -> how published weights travel
+_WAYS = {
+    "host": "all of it passes through host memory on its way",
+    "ipc": "read in place by engines that share a rank's GPU, through two staging buffers",
+    "broadcast": "broadcast by NCCL, through two staging buffers on each GPU",
+}
 
 
 def learner_memory(config: RunConfig, shapes: dict[str, tuple[int, ...]]) -> Memory:
@@ -58,7 +68,7 @@ def learner_memory(config: RunConfig, shapes: dict[str, tuple[int, ...]]) -> Mem
         masters=(4 if width == 2 else 0) * share(1),
         moments=MOMENTS[config.learner.optimizer.name] * share(1),
         gathered=width * max(layers.values(), default=0) / GB if zero == 3 else 0.0,
-        codes=engine_weights(config, shapes) / max(len(layers), 1) + _kept_codes(config, shapes),
+        codes=staging(config, shapes) + _kept_codes(config, shapes),
         engine=0.0,
         kv_cache=0.0,
     )
@@ -80,6 +90,15 @@ def engine_weights(config: RunConfig, shapes: dict[str, tuple[int, ...]]) -> flo
         math.prod(s) * (format.bits_per_weight(s) if format.covers(n, s) else 8 * width) for n, s in shapes.items()
     )
     return bits / 8 / GB
+
+
+def staging(config: RunConfig, shapes: dict[str, tuple[int, ...]]) -> float:
+    """Gigabytes of two buffers of the largest engine module, in which weights travel; see `qarl.transfer`."""
+    modules: dict[str, float] = {}
+    for name, shape in shapes.items():
+        module = module_of(engine_name(name)[0])
+        modules[module] = modules.get(module, 0.0) + engine_weights(config, {name: shape})
+    return 2 * max(modules.values(), default=0.0)
 
 
 def engine_memory(config: RunConfig, shapes: dict[str, tuple[int, ...]]) -> Memory:
@@ -111,7 +130,7 @@ def plan(config: RunConfig) -> str:
         f"learner: {learner.ranks} x ZeRO-{learner.zero}, {learner.optimizer.name}, micro-batches of {learner.tokens} tokens",
         f"engine: {rollout.replicas} x {rollout.engine}, tensor parallel {rollout.tensor_parallel}",
         f"sync: {engine_weights(config, shapes):.3g} GB on the wire ({2 * sum(map(math.prod, shapes.values())) / GB:.3g} as BF16)",
-        "      all of it passes through host memory on its way",
+        f"      {_WAYS[config.carrier]}",
         "not counted: start-up, where every learner rank reads the whole model",
         "",
         *_table(config, learner_memory(config, shapes), engine_memory(config, shapes)),

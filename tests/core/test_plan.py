@@ -3,7 +3,7 @@
 import pytest
 
 from qarl.errors import ConfigError
-from qarl.plan import engine_weights, learner_memory, plan
+from qarl.plan import engine_weights, learner_memory, plan, staging
 from qarl.shapes import architecture, parameter_shapes
 
 TARGET = "recipe=qwen3_30b_a3b_math_w4a16"
@@ -49,10 +49,21 @@ def test_a_plan_says_whether_it_fits(composed):
     assert "in host memory" in plan(composed("recipe=quickstart"))
 
 
-def test_a_plan_says_what_passes_through_host_memory_and_what_it_leaves_out(composed):
+def test_a_plan_says_how_weights_travel_and_what_it_leaves_out(composed):
     text = plan(composed(TARGET))
-    assert "GB on the wire (61.1 as BF16)\n      all of it passes through host memory" in text
+    assert "GB on the wire (61.1 as BF16)\n      read in place by engines that share a rank's GPU" in text
     assert "not counted: start-up" in text
+    split = ("placement.mode=split", "placement.gpus=16")
+    assert "broadcast by NCCL" in plan(composed(TARGET, *split))
+    assert "all of it passes through host memory" in plan(composed("recipe=quickstart"))
+
+
+def test_staging_is_two_buffers_of_the_largest_module_of_the_engine(composed):
+    """Of this model at int4 the embedding, 151936 x 2048 in bfloat16; at bf16 the 128 experts of a layer, w13 and w2."""
+    config = composed(TARGET)
+    assert staging(config, shapes(config)) == pytest.approx(2 * 151936 * 2048 * 2 / 1e9)
+    config = composed(TARGET, "rollout.format=bf16")
+    assert staging(config, shapes(config)) == pytest.approx(2 * 128 * 3 * 768 * 2048 * 2 / 1e9)
 
 
 def test_a_group_that_does_not_fit_the_architecture_is_refused(composed):

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.linear import LinearBase
@@ -11,8 +12,10 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.model_loader.reload.layerwise import record_metadata_for_reloading
 
 from qarl import formats
+from qarl.kernels.checksum import pending
 from qarl.kernels.dispatch import quantizer
 from qarl.rollout import probe, refill
+from qarl.rollout.layout import homes
 from qarl.rollout.slots import Slot, contract_hash, find_slots, is_transposed
 from qarl.rollout.vllm_engine import VllmEngine
 
@@ -141,3 +144,40 @@ def test_int4_experts_are_published_with_outputs_first_though_vllm_holds_inputs_
     assert slot.shape("weight_packed") == tuple(codes["weight_packed"].shape)
     raw = refill._raw(slot, "weight_packed", codes["weight_packed"])
     assert torch.equal(raw[1, 2], codes["weight_packed"][1, :, 2])
+
+
+def test_a_square_weight_that_vllm_keeps_transposed_is_known_by_how_it_lies():
+    weight = torch.randint(-127, 128, (64, 64), dtype=torch.int8)
+    model: Any = nn.Module()
+    model.layer = nn.Module()
+    model.layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
+    record_metadata_for_reloading(model)
+    model.layer.weight = nn.Parameter(model.layer.weight.data.t(), requires_grad=False)  # as for CUTLASS
+    found = homes(Slot("layer", model.layer, {"weight": "weight"}))
+    assert found is not None
+    assert found["weight"].pending().item() == pending(weight).item()
+    other = torch.randint(-127, 128, (64, 64), dtype=torch.int8)
+    found["weight"].write(other)
+    assert torch.equal(model.layer.weight.t(), other)
+
+
+@pytest.mark.parametrize(("outputs", "group"), [(128, 32), (64, 128)])
+def test_int4_in_marlins_order_is_written_and_summed_as_it_was_published(outputs: int, group: int):
+    """On the CPU by Triton's interpreter; that vLLM's kernel has this order is tested beside it (test_marlin)."""
+    codes = quantizer("w4a16_g32", "cpu").quantize(torch.randn(outputs, 128), group)
+    n, words = codes["weight_packed"].shape
+    model: Any = nn.Module()
+    model.layer = nn.Module()
+    for part, values in codes.items():
+        setattr(model.layer, part, nn.Parameter(torch.empty_like(values), requires_grad=False))
+    record_metadata_for_reloading(model)
+    model.layer.weight_packed = nn.Parameter(torch.empty(words // 2, 2 * n, dtype=torch.int32), requires_grad=False)
+    scales = torch.empty(codes["weight_scale"].T.shape, dtype=torch.bfloat16)
+    model.layer.weight_scale = nn.Parameter(scales, requires_grad=False)
+    found = homes(Slot("layer", model.layer, {part: part for part in codes}))
+    assert found is not None
+    for part, home in found.items():
+        home.write(codes[part])
+        assert home.pending().item() == pending(codes[part]).item()
+    model.layer.weight_packed.data[0, 0] ^= 16
+    assert found["weight_packed"].pending().item() != pending(codes["weight_packed"]).item()
