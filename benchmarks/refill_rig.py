@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import time
 from pathlib import Path
@@ -62,7 +61,6 @@ class Publisher:
         self.canaries = [rng.integers(6, 500, CANARY_TOKENS).astype(np.int32) for _ in range(CANARIES)]
         batch, self.order = pack_to_score(self.canaries, 1, 4096)
         self.batch = batch.ranks[0]
-        gc.freeze()  # as the learner does
         self.tables: list[Any] = []
 
     def update(self) -> None:

@@ -93,8 +93,6 @@ class VllmEngine(Engine):
         vllm_config = args.create_engine_config()
         core = InprocClient(vllm_config, Executor.get_class(vllm_config), log_stats=False)
         torch.set_num_threads = set_num_threads  # vLLM's CPU worker replaces it by nothing, for the whole process
-        gc.collect()
-        gc.freeze()  # the model stays: a collection over all its objects would fall into a sync now and then, and double it
         return core
 
     def contract_hash(self) -> str:

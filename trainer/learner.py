@@ -5,7 +5,6 @@ Every method is a collective: all ranks call it together, with equally many micr
 
 from __future__ import annotations
 
-import gc
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -77,8 +76,6 @@ class Learner:
         )
         self.optimizer.register_step_pre_hook(self._before_weights_change)
         self._grad_norm = math.nan
-        gc.collect()
-        gc.freeze()  # as the engine does: the model stays, and a collection over it would fall into a sync now and then
         self.dtype = getattr(torch, dtype)
         self._outlet: Outlet | None = None
         self._staging: Sequence[Tensor] = ()
