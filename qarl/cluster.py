@@ -200,10 +200,6 @@ class Sampler:
             if self._request:
                 self.refill(self._request)  # which wakes the others: all are asked again
 
-    def score(self, sequences: Sequence[np.ndarray], prompt_lengths: Sequence[int]) -> list[list[np.ndarray]]:
-        """[engine][sequence] -> log-probs of the tokens after the prompt, as each engine serves them."""
-        return self._ask(lambda engine, _: engine.call.remote("score", sequences, prompt_lengths))
-
     def _ask(self, call: Callable[[Any, int], Any]) -> list[Any]:
         """`call(engine, index)` on every engine; those that die are replaced, refilled, and asked again. Their first answers never
         arrived, so nothing is counted twice."""
