@@ -13,6 +13,7 @@ Everything here runs in the worker's process, with vLLM's configuration set.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,8 @@ from qarl.rollout.layout import Home, Plain, homes
 from qarl.rollout.slots import Slot, expected, find_slots, is_tied, is_transposed
 from qarl.transfer import Tensors
 
+logger = logging.getLogger(__name__)
+
 
 class Refill:
     """A model, and where its tensors live."""
@@ -40,6 +43,7 @@ class Refill:
         """Fused name -> part -> home, of tensors that are written in place."""
         self.specs = expected(self.slots)
         self._plain: tuple[list[tuple[str, str]], Fixed] | None = None
+        self._foreign: set[nn.Module] = set()
         self._members: dict[nn.Module, list[Slot]] = {}
         for slot in self.slots.values():
             self._members.setdefault(slot.module, []).append(slot)
@@ -58,6 +62,12 @@ class Refill:
             found = {slot.name: homes(slot) for slot in members} if self._on_gpu else {}
             if found and all(found.values()):
                 self.homes |= {name: parts for name, parts in found.items() if parts}
+            elif found and module not in self._foreign:
+                self._foreign.add(module)
+                logger.warning(
+                    "%s: kept by vLLM in a way not known here, refilled by its own loader and checked as it arrives",
+                    list(found),
+                )
 
     @torch.no_grad()
     def read_back(self) -> Tensors:

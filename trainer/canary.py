@@ -33,7 +33,7 @@ class Canary:
             return self._scores(batches)
 
     def _scores(self, batches: Sequence[MicroBatch]) -> list[np.ndarray]:
-        if self._device.type != "cuda":
+        if self._device.type != "cuda" or not batches:
             found = self._forward([to_tensors(batch, self._device) for batch in batches])
         else:
             for name, weight in self._covered.items():
