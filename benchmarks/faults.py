@@ -210,10 +210,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         said = attempt(rig)
         rig.ask("forget_to_load", None)
         rig.connect()  # a fresh outlet: the fault went with the old one
-        rows[name] += collections.Counter(
-            injected=1, caught=said is not None, named=said is not None and said_of in said
-        )
-        if said is None or said_of not in said:
+        named = said is not None and said_of in said
+        rows[name].update(injected=1, caught=said is not None, named=named)  # as `+=` would not, it keeps a count of 0
+        if not named:
             print(f"{name}: wanted {said_of!r}, got {said!r}", flush=True)
         if alarm := attempt(rig):
             alarms.append(alarm)
@@ -222,14 +221,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     table = [{"fault": name, **counts} for name, counts in rows.items()]
     print(record.table(table, {"fault": "", "injected": "d", "caught": "d", "named": "d"}))
     caught = sum(counts["caught"] for counts in rows.values())
-    named = sum(counts["named"] for counts in rows.values())
+    n_named = sum(counts["named"] for counts in rows.values())
     print(
-        f"{caught} of {arguments.n} caught, {named} named; {len(alarms)} false alarms in {arguments.n + 2} clean syncs"
+        f"{caught} of {arguments.n} caught, {n_named} named; {len(alarms)} false alarms in {arguments.n + 2} clean syncs"
     )
     out = arguments.out or record.RESULTS / f"faults_{device_name()}.json"
     more = {"format": arguments.format, "false_alarms": alarms, "clean": arguments.n + 2}
     print("written to", record.write_file(out, table, **more))
-    return 0 if caught == named == arguments.n and not alarms else 1
+    return 0 if caught == n_named == arguments.n and not alarms else 1
 
 
 if __name__ == "__main__":
