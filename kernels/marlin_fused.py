@@ -47,11 +47,7 @@ def pending_checksum(packed: Tensor) -> Tensor:
     """`checksum.pending` of `unpack(packed)`, int64 [], without writing that."""
     *experts, blocks, tiles = _packed_tiles(packed)
     total = torch.full((), length_term(packed.nbytes), dtype=torch.int64, device=packed.device)
-    if packed.numel():
-        strips = packed.numel() // (128 * tiles)
-        with torch.cuda.device_of(packed):
-            grid = (strips * triton.cdiv(tiles, _BLOCK),)
-            _checksum_kernel[grid](packed.contiguous(), total, blocks, tiles, BLOCK=_BLOCK)
+    _launch(_checksum_kernel, packed.contiguous(), total, blocks, tiles)
     return total
 
 

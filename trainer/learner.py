@@ -33,7 +33,7 @@ from qarl.trainer.optimizer import lr_at, make_optimizer
 from qarl.trainer.policy import FILLER, Policy, to_tensors
 from qarl.trainer.publish import make_update, publish
 from qarl.trainer.ranks import deepspeed, engine_config, join
-from qarl.transfer import SLOTS, Address, Door, Outlet, PeerLost, Plan
+from qarl.transfer import Address, Door, Outlet, PeerLost, Plan
 from qarl.wire import published_specs
 
 
@@ -138,8 +138,8 @@ class Learner:
         self._door = Door(host)
         return self._door.address
 
-    def answer(self, carrier: str, n_engines: int) -> int:
-        """Hold lines to engines, which call at the same time; returns the bytes of staging memory. Older lines are cut."""
+    def answer(self, carrier: str, n_engines: int) -> None:
+        """Hold lines to engines, which call at the same time. Older lines are cut."""
         self._hang_up()
         plan = Plan.of(published_specs(self.shapes, self.format, self.dtype))
         try:
@@ -147,7 +147,6 @@ class Learner:
             self._staging = self._outlet.carrier.buffers
         finally:
             self._door.close()
-        return SLOTS * plan.capacity
 
     def publish_to_line(
         self, version: int, n_tiles: int, canaries: Sequence[MicroBatch]
