@@ -183,12 +183,16 @@ class Engine(ABC):
             self._wake_caches()
         try:
             with stages("canary"):
-                scores = self._score(canaries, [1] * len(canaries)) if canaries else []
+                scores = self._score_canaries(canaries) if canaries else []
         finally:  # weights that cannot even be scored are named, if they are not those that were published
             with stages("verify"):
                 error = self._prove(arrived, served, manifest)
         self.version, self._refusal = delivery.version, None
         return RefillReport(delivery.version, contract, stages.seconds, error, scores)
+
+    def _score_canaries(self, canaries: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """float32 [L - 1] of each: the same sequences at every sync."""
+        return self._score(canaries, [1] * len(canaries))
 
     def _prove(self, arrived: Tensors, served: Tensors, manifest: Manifest) -> float:
         """The worst tile, once every checksum is the published one."""

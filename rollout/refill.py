@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor
 
 from qarl.errors import EngineError
 from qarl.kernels.checksum import Fixed
+from qarl.kernels.graph import record
 from qarl.rollout.layout import Home, Plain, homes
 from qarl.rollout.slots import Slot, expected, find_slots, is_tied, is_transposed
 from qarl.transfer import Tensors
@@ -42,7 +43,8 @@ class Refill:
         self.homes: dict[str, dict[str, Home]] = {}
         """Fused name -> part -> home, of tensors that are written in place."""
         self.specs = expected(self.slots)
-        self._plain: tuple[list[tuple[str, str]], Fixed] | None = None
+        self._sums: tuple[int, torch.cuda.CUDAGraph, Tensors] | None = None
+        """Of so many homes: what sums their bytes, and where the sums come to lie."""
         self._foreign: set[nn.Module] = set()
         self._members: dict[nn.Module, list[Slot]] = {}
         for slot in self.slots.values():
@@ -71,20 +73,32 @@ class Refill:
 
     @torch.no_grad()
     def read_back(self) -> Tensors:
-        """Pending checksums of all tensors with a home, as they are served."""
+        """Pending checksums of all tensors with a home, as they are served: of a few launches a tensor one graph is made."""
+        if not self.homes:
+            return {}
+        if self._sums is None or self._sums[0] != len(self.homes):
+            self._sums = len(self.homes), *record(self._summing())
+        _, graph, sums = self._sums
+        graph.replay()
+        return sums
+
+    def _summing(self) -> Callable[[], Tensors]:
         plain = {
             (n, p): home.live for n, parts in self.homes.items() for p, home in parts.items() if isinstance(home, Plain)
         }
-        if self._plain is None or len(self._plain[0]) != len(plain):
-            self._plain = list(plain), Fixed(list(plain.values()))
-        keys, fixed = self._plain
-        sums = dict(zip(keys, fixed.pending().unbind(), strict=True))
-        return {
-            name: {
-                part: sums[name, part] if isinstance(home, Plain) else home.pending() for part, home in parts.items()
+        fixed = Fixed(list(plain.values()))
+
+        def sums() -> Tensors:
+            of_plain = dict(zip(plain, fixed.pending().unbind(), strict=True))
+            return {
+                name: {
+                    part: of_plain[name, part] if isinstance(home, Plain) else home.pending()
+                    for part, home in parts.items()
+                }
+                for name, parts in self.homes.items()
             }
-            for name, parts in self.homes.items()
-        }
+
+        return sums
 
     @torch.no_grad()
     def loaded(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,11 @@ class VllmEngine(Engine):
         from qarl.rollout.slots import contract_hash
 
         self._refill = Refill(worker.model_runner.get_model())  # without the wrapper that replays graphs
+        self._replay: Any = None
+        if worker.device.type == "cuda" and not config.eager:
+            from qarl.rollout.replay import Replay
+
+            self._replay = Replay(worker.model_runner)
         self._contract = contract_hash(self._refill.slots, self.format)
         self.device = worker.device
         self._n_requests = 0
@@ -193,6 +199,10 @@ class VllmEngine(Engine):
         written = self._run([(tokens.tolist(), params) for tokens in sequences], ())
         return [w.prompt_logprobs[n - 1 :] for w, n in zip(written, prompt_lengths, strict=True)]
 
+    def _score_canaries(self, canaries: Sequence[np.ndarray]) -> list[np.ndarray]:
+        with self._replay.canaries() if self._replay else nullcontext():
+            return super()._score_canaries(canaries)
+
     def _run(self, requests: Sequence[tuple[list[int], Any]], stop: tuple[str, ...]) -> list[_Written]:
         """Run requests to their end, all at once; vLLM schedules them."""
         from vllm.v1.engine import EngineCoreRequest
@@ -255,7 +265,7 @@ class VllmEngine(Engine):
         self._refusal = "it was closed"
         self._cut_line()
         self._core.shutdown()
-        del self._core, self._refill
+        del self._core, self._refill, self._replay
         if torch.cuda.is_available():
             gc.collect()  # graphs, weights and KV cache hang in cycles; vLLM collected while we still held them
             torch._C._cuda_clearCublasWorkspaces()  # one for each stream it had, 32 MiB on Hopper

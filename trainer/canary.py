@@ -6,16 +6,20 @@ long as to run them. The graph reads weights, and the codes made of them, where 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from qarl.kernels.graph import record
 from qarl.records import MicroBatch
 from qarl.trainer.aligned import AlignedModel
 from qarl.trainer.policy import Policy, to_tensors
+
+Scores = Callable[[], list[np.ndarray]]
+"""The log-probs, once they are asked for."""
 
 
 class Canary:
@@ -25,26 +29,40 @@ class Canary:
         self._policy, self._aligned, self._device = policy, aligned, device
         weights = dict(policy.model.named_parameters())
         self._covered = {name: weights[name] for name in aligned.covered}
+        self._aside: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._captured: tuple[list[bytes], list[int], torch.cuda.CUDAGraph, list[Tensor]] | None = None
 
     def __call__(self, batches: Sequence[MicroBatch]) -> list[np.ndarray]:
         """float32 [R] of each micro-batch, nats."""
-        with torch.no_grad():
-            return self._scores(batches)
+        return self.start(batches)()
 
-    def _scores(self, batches: Sequence[MicroBatch]) -> list[np.ndarray]:
+    @torch.no_grad()
+    def start(self, batches: Sequence[MicroBatch]) -> Scores:
+        """The same, to be asked for later: on a GPU it is computed meanwhile, beside what the caller goes on to launch.
+
+        The caller must not change weights or ask for codes that are stale before it has the answer.
+        """
         if self._device.type != "cuda" or not batches:
-            found = self._forward([to_tensors(batch, self._device) for batch in batches])
-        else:
-            for name, weight in self._covered.items():
-                self._aligned.codes(name, weight)  # a graph reads codes, it does not renew them
-            asked = [batch.tokens.tobytes() + batch.lengths.tobytes() for batch in batches]
-            if self._captured is None or self._captured[:2] != (asked, self._addresses()):
-                self._capture(asked, batches)
-            assert self._captured is not None
-            *_, graph, found = self._captured
+            return lambda: self._scores(batches)
+        for name, weight in self._covered.items():
+            self._aligned.codes(name, weight)  # a graph reads codes, it does not renew them
+        asked = [batch.tokens.tobytes() + batch.lengths.tobytes() for batch in batches]
+        if self._captured is None or self._captured[:2] != (asked, self._addresses()):
+            self._capture(asked, batches)
+        assert self._captured is not None
+        *_, graph, found = self._captured
+        self._aside.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._aside):
             graph.replay()
-        return [v.float().cpu().numpy()[: b.n_response_tokens] for v, b in zip(found, batches, strict=True)]
+        return lambda: self._collect(found, batches)
+
+    def _collect(self, found: Sequence[Tensor], batches: Sequence[MicroBatch]) -> list[np.ndarray]:
+        torch.cuda.current_stream(self._device).wait_stream(self._aside)
+        return _as_numpy(found, batches)
+
+    @torch.no_grad()
+    def _scores(self, batches: Sequence[MicroBatch]) -> list[np.ndarray]:
+        return _as_numpy(self._forward([to_tensors(batch, self._device) for batch in batches]), batches)
 
     def _forward(self, packed: Iterable[Any]) -> list[Tensor]:
         return [self._policy(one, 1.0)[0] for one in packed]
@@ -54,14 +72,8 @@ class Canary:
         self._captured = None  # its memory is free for the next
         trains = self._policy.training
         self._policy.eval()  # gradient checkpointing would ask for the state of a random generator, which no graph may
-        aside = torch.cuda.Stream(self._device)
-        aside.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(aside):  # kernels compile and libraries make their workspaces outside of a graph
-            self._forward(packed)
-        torch.cuda.current_stream(self._device).wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            found = self._forward(packed)
+        with torch.cuda.device(self._device):
+            graph, found = record(lambda: self._forward(packed))
         self._policy.train(trains)
         self._captured = asked, self._addresses(), graph, found
         self._inputs = packed  # the graph reads them
@@ -69,6 +81,10 @@ class Canary:
     def _addresses(self) -> list[int]:
         kept = [one for prepared in self._aligned.prepared() for one in _tensors(vars(prepared))]
         return [tensor.data_ptr() for tensor in (*self._policy.parameters(), *kept)]
+
+
+def _as_numpy(found: Iterable[Tensor], batches: Sequence[MicroBatch]) -> list[np.ndarray]:
+    return [v.float().cpu().numpy()[: b.n_response_tokens] for v, b in zip(found, batches, strict=True)]
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

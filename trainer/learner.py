@@ -153,10 +153,12 @@ class Learner:
     ) -> tuple[int, dict[str, float], list[np.ndarray]]:
         """`publish` over this rank's lines, as the weights are gathered; a rank without lines takes part in gathering.
 
-        Returns bytes to each engine, seconds by stage, and the log-probs of the canaries at temperature 1, computed while engines
-        read on. Where an engine is gone the lines are cut: the engines that are left serve nothing until another version arrives.
+        Returns bytes to each engine, seconds by stage, and the log-probs of the canaries at temperature 1, computed meanwhile
+        (under ZeRO-3, whose forward gathers the weights itself, while engines read on). Where an engine is gone the lines are cut:
+        the engines that are left serve nothing until another version arrives.
         """
         gathered, outlet, seconds = self._gathered(), self._outlet, dict[str, float]()
+        scores = None if self.config.zero == 3 else self._canary.start(canaries)
         try:
             if outlet:
                 outlet.begin(version, self.format.name, self.contract_hash())
@@ -170,14 +172,14 @@ class Learner:
             self._hang_up()  # else the engine would wait for more
             raise
         _exhaust(gathered)
-        scores = self.score(canaries, temperature=1.0) if self.config.zero == 3 else self._canary(canaries)
+        scored = scores() if scores else self.score(canaries, temperature=1.0)
         if outlet and self._outlet:
             try:
                 outlet.finish()
             except PeerLost:
                 self._hang_up()
             seconds["transfer"] = outlet.wait_s
-        return outlet.plan.n_bytes if outlet else 0, seconds, scores
+        return outlet.plan.n_bytes if outlet else 0, seconds, scored
 
     def _kept_codes(self, name: str, weight: Tensor) -> Codes | None:
         """Under ZeRO-3 weights are whole for a moment, and so are their codes."""
