@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.model_loader.reload.layerwise import record_metadata_for_reloading
@@ -39,7 +40,8 @@ def test_a_stand_in_is_processed_without_touching_the_layer(start, weights, publ
     stand_in = refill._stand_in(layer)
     for part, values_of_part in other.items():
         stand_in._parameters[part] = refill._raw(slot, part, values_of_part)
-    stand_in.quant_method.process_weights_after_loading(stand_in)
+    with set_current_vllm_config(engine._core.engine_core.vllm_config):
+        stand_in.quant_method.process_weights_after_loading(stand_in)
 
     assert {n: p for n, p in layer._parameters.items() if p is not None} == members
     assert all(torch.equal(p, values[n]) for n, p in members.items())
