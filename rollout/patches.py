@@ -27,6 +27,8 @@ def apply() -> None:
             _narrow_heads()
         _int8_experts()
         _int4_experts()
+    elif torch.cpu._is_amx_tile_supported():
+        _int8_in_float32()
 
 
 def _norms() -> None:
@@ -180,3 +182,18 @@ def _int4_experts() -> None:
     logger.warning(
         "vLLM would serve int4 experts of a single group with scales out of order: patched to go by the scales"
     )
+
+
+def _int8_in_float32() -> None:
+    """0.32: on a CPU with AMX dense int8 layers get a kernel that takes 16-bit rows only, chosen by the weight's dtype alone: a
+    model in float32 fails at its first product. Here such a model keeps oneDNN's kernel, as on CPUs without AMX."""
+    from vllm.config import get_current_vllm_config
+    from vllm.model_executor.kernels.linear.scaled_mm import cpu
+
+    fits = cpu.check_cpu_sgl_kernel
+
+    def check_cpu_sgl_kernel(n: int, k: int, dtype: torch.dtype) -> bool:
+        return fits(n, k, dtype) and get_current_vllm_config().model_config.dtype != torch.float32
+
+    vars(cpu).update(check_cpu_sgl_kernel=check_cpu_sgl_kernel)
+    logger.warning("vLLM's int8 kernel for AMX takes no float32: models in float32 keep oneDNN's")

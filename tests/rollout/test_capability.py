@@ -25,10 +25,9 @@ def test_w4a16_is_refused_in_float32_by_name_with_what_runs_instead(model_folder
     assert "'bf16'" in message and "'w8a8_int8'" in message and "rollout.engine=torch runs every format" in message
 
 
-@pytest.mark.skipif(torch.cpu._is_amx_tile_supported(), reason="vLLM has int8 experts where there is AMX")
-def test_quantized_experts_are_refused_where_vllm_has_none(start):
+def test_quantized_experts_are_refused_also_where_vllm_has_some(start):
     with pytest.raises(
-        ConfigError, match=r"rollout.format: 'w8a8_int8' .* experts need a CPU with AMX.* it runs \['bf16'\]"
+        ConfigError, match=r"rollout.format: 'w8a8_int8' .* no int8 experts .* proved\); it runs \['bf16'\]"
     ):
         start("vllm", "w8a8_int8", "qwen3_moe")
 

@@ -191,3 +191,16 @@ def test_the_engines_norm_is_the_learners(width):
     assert torch.equal(layer(total), expected)
     y, kept = layer(x.clone(), residual.clone())
     assert torch.equal(y, expected) and torch.equal(kept, total)
+
+
+@pytest.mark.parametrize(("dtype", "takes"), [(torch.float32, False), (torch.bfloat16, True)])
+def test_a_float32_model_keeps_onednn_where_vllm_would_take_its_kernel_for_amx(monkeypatch, dtype, takes):
+    import vllm.config
+    from vllm.model_executor.kernels.linear.scaled_mm import cpu
+
+    monkeypatch.setattr(cpu, "check_cpu_sgl_kernel", lambda n, k, dtype: k % 32 == 0)  # as where there is AMX
+    running = SimpleNamespace(model_config=SimpleNamespace(dtype=dtype))
+    monkeypatch.setattr(vllm.config, "get_current_vllm_config", lambda: running)
+    patches._int8_in_float32()
+    assert cpu.check_cpu_sgl_kernel(16, 64, torch.int8) is takes
+    assert cpu.check_cpu_sgl_kernel(16, 33, torch.int8) is False
