@@ -12,6 +12,7 @@ Ends with 1 where something is broken, or refused that the run needs; with 2 for
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -33,8 +34,8 @@ def main(arguments: Sequence[str]) -> int:
     run = _composed(arguments) if arguments else None
     machine = look(Path(run.out if run else RunConfig.out))
     print(describe(machine), flush=True)
-    log = Path(tempfile.gettempdir()) / "qarl-doctor.log"
-    log.unlink(missing_ok=True)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # on a busy machine, threads of tiny products mostly wait for each other
+    log = Path(tempfile.mkstemp(prefix="qarl-doctor-", suffix=".log")[1])
     with tempfile.TemporaryDirectory(prefix="qarl-doctor-") as folder, Sandbox("qarl.trials", log) as sandbox:
         try:
             broken = examine(machine, run, sandbox, Path(folder))
@@ -42,7 +43,9 @@ def main(arguments: Sequence[str]) -> int:
             broken = [f"the trials: {error}"]
     if broken:
         print("", *(f"BROKEN  {what}" for what in broken), f"what libraries said stands in {log}", sep="\n")
-    return 1 if broken else 0
+        return 1
+    log.unlink()
+    return 0
 
 
 def _composed(arguments: Sequence[str]) -> RunConfig:
