@@ -34,7 +34,9 @@ def main(arguments: Sequence[str]) -> int:
     run = _composed(arguments) if arguments else None
     machine = look(Path(run.out if run else RunConfig.out))
     print(describe(machine), flush=True)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # on a busy machine, threads of tiny products mostly wait for each other
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", "1"
+    )  # on a busy machine, threads of tiny products mostly wait for each other
     log = Path(tempfile.mkstemp(prefix="qarl-doctor-", suffix=".log")[1])
     with tempfile.TemporaryDirectory(prefix="qarl-doctor-") as folder, Sandbox("qarl.trials", log) as sandbox:
         try:

@@ -201,7 +201,7 @@ def test_a_run_on_the_torch_engine_asks_nothing_of_vllm(composed):
     assert not list(unmet(run, tried(vllm_refusals=refusals)))
 
 
-AROUND = {
+AROUND: dict[str, Any] = {
     "cuda": None,
     "gpus": [],
     "vnni": True,
