@@ -4,11 +4,11 @@
     python -m benchmarks.rollout --backends qarl    our engine alone
     python -m benchmarks.rollout --tiny             narrow and four layers deep, on whatever is here
 
-`qarl` is the product's engine, with the kernels, graphs and patches that a learner can follow; `stock` is vLLM as it comes, compiled
-and fused as it likes, on the same model and quantization (its int8 experts leave activations in bfloat16, in vLLM 0.26). Weights are
-random and made where they are used; no sequence ends early. A row is timed from the first request to the last token, the prefill of
-prompts of 64 random tokens with it. Each engine has a process of its own, and the next one imports vLLM meanwhile. Rows are written
-as they come.
+`qarl` is the product's engine, with the kernels, graphs and patches that a learner can follow; `stock` is vLLM as it comes,
+compiled and fused as it likes, on the same model and quantization (its int8 experts, in vLLM 0.26, leave activations in
+bfloat16). Weights are random and made where they are used; no sequence ends early. A row is timed from the first request to the last token, with the
+prefill of prompts of 64 random tokens. Each engine has a process of its own, and the next one imports vLLM meanwhile. Rows are
+written as they come.
 """
 
 from __future__ import annotations

@@ -21,7 +21,11 @@ from qarl import formats
 from qarl.batching import pack_to_score
 from qarl.config import LearnerConfig, OptimizerConfig, PocketConfig, RewardConfig, RolloutConfig, RunConfig
 from qarl.records import Prompt, Sampling
+from qarl.rollout.vllm_settings import ENVIRONMENT
 from qarl.sandbox import Broken
+
+for name, value in ENVIRONMENT.items():  # vLLM reads them when it is imported, by whichever trial
+    os.environ.setdefault(name, value)
 
 CONTEXT = 128
 TEMPERATURE = 0.7
