@@ -6,9 +6,9 @@
 
 `qarl` is the product's engine, with the kernels, graphs and patches that a learner can follow; `stock` is vLLM as it comes,
 compiled and fused as it likes, on the same model and quantization (its int8 experts, in vLLM 0.26, leave activations in
-bfloat16). Weights are random and made where they are used; no sequence ends early. A row is timed from the first request to the last token, with the
-prefill of prompts of 64 random tokens. Each engine has a process of its own, and the next one imports vLLM meanwhile. Rows are
-written as they come.
+bfloat16). Weights are random and made where they are used; no sequence ends early. A row is timed from the first request to the
+last token, with the prefill of prompts of 64 random tokens. Each engine has a process of its own, and the next one imports vLLM
+meanwhile. Rows are written as they come.
 """
 
 from __future__ import annotations
