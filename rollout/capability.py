@@ -35,7 +35,7 @@ def require_format(format: QuantFormat, path: str | Path, dtype: str) -> None:
         runs = sorted(name for name, why in reasons.items() if why is None)
         raise ConfigError(
             f"rollout.format: {format.name!r} does not run in this machine's vLLM with model.dtype={dtype} ({reason}); "
-            f"it runs {runs}, and rollout.engine=torch runs every format"
+            f"it runs {runs}, and rollout.engine=torch runs every format (python -m qarl.doctor tries them all)"
         )
 
 

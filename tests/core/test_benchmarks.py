@@ -2,10 +2,13 @@
 
 import json
 from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
-from benchmarks import faults, kernels, refill, timing
+from benchmarks import faults, kernels, refill, rollout, timing
 from benchmarks.floors import ideal_ratio
 from benchmarks.rows import Bar, Report
 from qarl.errors import ConfigError
@@ -120,3 +123,56 @@ def test_a_sync_is_measured_stage_by_stage(tmp_path):
     (row,) = json.loads(out.read_text())["rows"]
     assert row["canary"] < 1e-5 and 0 < row["median_s"] <= row["worst_s"]
     assert all(row[f"{stage}_s"] >= 0 for stage in refill.STAGES if stage != "canary")
+
+
+def test_speeds_are_compared_at_the_same_number_of_sequences():
+    speeds = {("qarl", "bf16"): 10.0, ("qarl", "w4a16"): 30.0, ("stock", "bf16"): 20.0}
+    rows = [
+        {"backend": b, "format": f, "m": m, "tokens_s": s * m}
+        for (b, f), s in speeds.items()
+        for m in (1, 4)
+        if s * m != 80
+    ]
+    rows.append({"backend": "qarl", "format": "w8a8_int8", "m": 1, "refused": "not here"})
+    rollout.compare(rows)
+    found = {(row["backend"], row["format"], row["m"]): (row.get("over_bf16"), row.get("over_stock")) for row in rows}
+    assert found["qarl", "w4a16", 1] == found["qarl", "w4a16", 4] == (3.0, None)
+    assert found["qarl", "bf16", 1] == (1.0, 0.5) and found["qarl", "bf16", 4] == (1.0, None)
+    assert found["stock", "bf16", 1] == (1.0, None) and found["qarl", "w8a8_int8", 1] == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("parts", "grid"),
+    [
+        ({"weight": torch.int8, "weight_scale": torch.float32}, 127),
+        ({"weight": torch.float8_e4m3fn, "weight_scale": torch.float32}, 448),
+        ({"weight": torch.bfloat16}, None),
+    ],
+)
+def test_random_weights_are_of_the_size_of_trained_ones(parts, grid):
+    class Layer(torch.nn.Module):
+        config = SimpleNamespace(hidden_size=1024)
+
+    layer: Any = Layer()
+    for name, dtype in parts.items():
+        values = torch.zeros(64, 1 if "scale" in name else 1024, dtype=dtype)
+        layer.register_parameter(name, torch.nn.Parameter(values, requires_grad=False))
+    rollout.randomize(layer)
+    weight = layer.weight.float() * (layer.weight_scale if grid else 1)
+    assert weight.std().item() == pytest.approx(1 / 32, rel=0.05) and abs(weight.mean().item()) < 1e-3
+    assert grid is None or layer.weight.float().abs().max() <= grid
+
+
+@pytest.mark.slow
+def test_both_engines_generate_and_what_does_not_run_is_kept_as_refused(tmp_path):
+    out = tmp_path / "rollout.json"
+    sizes = ["--sequences", "2", "--tokens", "16", "--limit", "200", "--out", str(out)]
+    assert rollout.main(["--tiny", "--formats", "bf16", "--backends", "qarl", "stock", *sizes]) == 0
+    ours, stock = json.loads(out.read_text())["rows"]
+    assert ours["over_bf16"] == stock["over_bf16"] == 1.0
+    assert ours["over_stock"] == ours["tokens_s"] / stock["tokens_s"]
+    assert (
+        rollout.main(["--tiny", "--formats", "w8a8_int8", "--backends", "qarl", *sizes]) == 0
+    )  # on a CPU without experts
+    (row,) = json.loads(out.read_text())["rows"]
+    assert "int8 experts" in row["refused"] and "tokens_s" not in row

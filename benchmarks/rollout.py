@@ -1,0 +1,304 @@
+"""How fast each format generates at Qwen3-30B-A3B's true shape, log-probs on, and what our engine's settings cost.
+
+    python -m benchmarks.rollout                    our engine, then plain vLLM -> results/rollout_<gpu>.json
+    python -m benchmarks.rollout --backends qarl    our engine alone
+    python -m benchmarks.rollout --tiny             narrow and four layers deep, on whatever is here
+
+`qarl` is the product's engine, with the kernels, graphs and patches that a learner can follow; `stock` is vLLM as it comes,
+compiled and fused as it likes, on the same model and quantization (its int8 experts, in vLLM 0.26, leave activations in
+bfloat16). Weights are random and made where they are used; no sequence ends early. A row is timed from the first request to the
+last token, with the prefill of prompts of 64 random tokens. Each engine has a process of its own, and the next one imports vLLM
+meanwhile. Rows are written as they come.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from benchmarks import record
+from benchmarks.rows import Report, Row
+from qarl import formats
+from qarl.errors import ConfigError
+from qarl.formats import QuantFormat
+
+PROMPT_TOKENS = 64
+WARM_UP_TOKENS = 8
+GPU_MEMORY = 0.9
+KV_CACHE_GB = 0.2
+"""On a CPU."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--formats", nargs="*", choices=list(formats.FORMATS), default=list(formats.FORMATS))
+    parser.add_argument("--backends", nargs="*", choices=list(BACKENDS), default=list(BACKENDS))
+    parser.add_argument("--sequences", nargs="*", type=int, default=[32, 128, 512], help="generated at a time")
+    parser.add_argument("--tokens", type=int, default=256, help="new ones of a sequence")
+    parser.add_argument("--layers", type=int, default=48)
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds to wait for a row")
+    parser.add_argument("--tiny", action="store_true", help="narrow, four layers, for a test")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args(argv)
+    from benchmarks.refill_rig import make_folder
+    from benchmarks.timing import device_name
+
+    layers = 4 if arguments.tiny else arguments.layers
+    sizes = {"layers": layers, "prompt_tokens": PROMPT_TOKENS, "new_tokens": arguments.tokens}
+    report = Report(arguments.out or record.RESULTS / f"rollout_{device_name()}.json", more=sizes)
+    with tempfile.TemporaryDirectory(prefix="rollout-") as folder:
+        make_folder(Path(folder), layers, arguments.tiny)
+        tasks = [(backend, format) for backend in arguments.backends for format in arguments.formats]
+        children: list[Child] = []
+        try:
+            for index, (backend, format) in enumerate(tasks):
+                for task in tasks[len(children) : index + 2]:
+                    children.append(Child(*task, folder, tuple(arguments.sequences), arguments.tokens))
+                children[index].go()
+                for n in arguments.sequences:
+                    row = {"format": format, "backend": backend, "m": n}
+                    report.add(row, lambda child=children[index]: child.answer(arguments.limit))  # type: ignore[misc]
+                children[index].end()
+        finally:
+            for child in children:
+                child.end()
+    compare(report.rows)
+    report.save()
+    print(record.table(report.rows, COLUMNS))
+    print(report.troubles())
+    return 1 if report.failed else 0
+
+
+COLUMNS = {
+    "backend": "",
+    "format": "",
+    "m": "",
+    "tokens_s": ",.0f",
+    "over_bf16": ".2f",
+    "over_stock": ".2f",
+    "start_s": ".1f",
+}
+
+
+def compare(rows: Sequence[Row]) -> None:
+    """Tokens a second over those of the same engine at bf16, and over those of stock vLLM, with as many sequences."""
+    speed = {(row["backend"], row["format"], row["m"]): row.get("tokens_s") for row in rows}
+    for row in rows:
+        others = {"over_bf16": (row["backend"], "bf16", row["m"])}
+        if row["backend"] != "stock":
+            others["over_stock"] = ("stock", row["format"], row["m"])
+        for key, other in others.items():
+            if row.get("tokens_s") and speed.get(other):
+                row[key] = row["tokens_s"] / speed[other]
+
+
+class Child:
+    """An engine's process: it imports vLLM at once, and touches the GPU when it is told to go."""
+
+    def __init__(self, backend: str, format: str, folder: str, sequences: tuple[int, ...], n_tokens: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, backend, format, folder, sequences, n_tokens))
+        self.process.start()
+        theirs.close()
+        self.error: Exception | None = None
+
+    def go(self) -> None:
+        self.pipe.send(None)
+
+    def answer(self, limit: float) -> Row:
+        """The next row. Raises the engine's error, also for all rows after it."""
+        if self.error is None:
+            try:
+                told = self.pipe.recv() if self.pipe.poll(limit) else TimeoutError(f"no row in {limit:.0f} s")
+            except EOFError:
+                self.process.join()
+                told = RuntimeError(f"the engine's process ended with code {self.process.exitcode}")
+            if not isinstance(told, Exception):
+                return told
+            self.error = told
+        raise self.error
+
+    def end(self) -> None:
+        """And with it what it started, since stock vLLM computes in a process of its own; their GPU memory is free then."""
+        self.pipe.close()
+        assert self.process.pid
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.kill()
+        self.process.join()
+        deadline = time.monotonic() + 10
+        with suppress(ProcessLookupError):
+            while time.monotonic() < deadline:
+                os.killpg(self.process.pid, 0)
+                time.sleep(0.05)
+
+
+def serve(pipe: Connection, backend: str, format: str, folder: str, sequences: tuple[int, ...], n_tokens: int) -> None:
+    """The life of a child: a row for each number of sequences, or an error and its end."""
+    os.setpgid(0, 0)
+    make = BACKENDS[backend]
+    for name, value in make.environment().items():
+        os.environ.setdefault(name, value)
+    import vllm.engine.arg_utils  # noqa: F401
+
+    with suppress(EOFError):  # of a benchmark that was stopped
+        pipe.recv()
+        _rows(pipe, make, format, folder, sequences, n_tokens)
+        pipe.recv()
+
+
+def _rows(
+    pipe: Connection, make: type[Engine], format: str, folder: str, sequences: tuple[int, ...], n_tokens: int
+) -> None:
+    try:
+        start = time.perf_counter()
+        engine = make(folder, formats.get(format), max(sequences), PROMPT_TOKENS + n_tokens)
+        start_s = time.perf_counter() - start
+        for n in sequences:
+            pipe.send({**measure(engine, n, n_tokens), "start_s": start_s})
+    except ConfigError as refusal:
+        pipe.send(refusal)
+    except Exception as error:  # others might not survive the pipe
+        pipe.send(RuntimeError(f"{type(error).__name__}: {error}"[:500]))
+
+
+def measure(engine: Engine, n_sequences: int, n_tokens: int) -> Row:
+    prompts = np.random.default_rng(n_sequences).integers(6, 500, (n_sequences, PROMPT_TOKENS)).astype(np.int32)
+    engine.generate(prompts, WARM_UP_TOKENS)
+    start = time.perf_counter()
+    tokens = engine.generate(prompts, n_tokens)
+    seconds = time.perf_counter() - start
+    if tokens != n_sequences * n_tokens:
+        raise RuntimeError(f"{tokens} tokens instead of {n_sequences} x {n_tokens}")
+    return {"tokens_s": tokens / seconds, "seconds": seconds}
+
+
+class Engine(Protocol):
+    """What is asked of either."""
+
+    def __init__(self, folder: str, format: QuantFormat, max_sequences: int, max_tokens: int) -> None: ...
+
+    @staticmethod
+    def environment() -> dict[str, str]:
+        """Read by vLLM when it is imported."""
+
+    def generate(self, prompts: np.ndarray, n_tokens: int) -> int:
+        """One completion of each prompt, int32 [n, P], at temperature 1; returns how many tokens came with a log-prob."""
+
+
+class Qarl:
+    """The product's engine. Filled with random weights instead of a policy's, so it would refuse to generate."""
+
+    def __init__(self, folder: str, format: QuantFormat, max_sequences: int, max_tokens: int) -> None:
+        from qarl.config import RolloutConfig
+        from qarl.rollout.vllm_engine import VllmEngine
+
+        config = RolloutConfig(
+            format=format.name, gpu_memory=GPU_MEMORY, max_sequences=max_sequences, kv_cache_gb=KV_CACHE_GB
+        )
+        self.engine = VllmEngine(config, folder, "bfloat16", max_tokens)
+        randomize(self.engine._refill.model)
+        self.engine.version, self.engine._refusal = 0, None
+        self.engine.text.eos = frozenset()
+
+    @staticmethod
+    def environment() -> dict[str, str]:
+        from qarl.rollout.vllm_settings import ENVIRONMENT
+
+        return ENVIRONMENT
+
+    def generate(self, prompts: np.ndarray, n_tokens: int) -> int:
+        from qarl.records import Prompt, Sampling
+
+        asked = [Prompt(id=i, text="", tokens=tokens, answer="") for i, tokens in enumerate(prompts)]
+        written = self.engine.generate(asked, Sampling(max_tokens=n_tokens), np.arange(len(prompts))[:, None])
+        return sum(len(completion.logprobs) for completion in written)
+
+
+class Stock:
+    """vLLM's own front end and defaults, but for what a benchmark needs: random weights, no tokenizer, room for the batch."""
+
+    def __init__(self, folder: str, format: QuantFormat, max_sequences: int, max_tokens: int) -> None:
+        import torch
+        from vllm import LLM
+
+        from qarl.rollout.vllm_settings import quantization_override
+
+        on_cpu: dict[str, Any] = {"enforce_eager": True, "kv_cache_memory_bytes": int(KV_CACHE_GB * 2**30)}
+        self.llm = LLM(
+            folder,
+            dtype="bfloat16",
+            hf_overrides=quantization_override(format),
+            load_format="dummy",
+            max_model_len=max_tokens,
+            max_num_seqs=max_sequences,
+            gpu_memory_utilization=GPU_MEMORY,
+            skip_tokenizer_init=True,
+            generation_config="vllm",
+            **({} if torch.cuda.is_available() else on_cpu),
+        )
+        self.llm.apply_model(randomize)
+
+    @staticmethod
+    def environment() -> dict[str, str]:
+        # Its engine computes in another process, which is handed `randomize`.
+        return {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+
+    def generate(self, prompts: np.ndarray, n_tokens: int) -> int:
+        from vllm import SamplingParams
+
+        params = [
+            SamplingParams(temperature=1.0, seed=i, max_tokens=n_tokens, ignore_eos=True, logprobs=0, detokenize=False)
+            for i in range(len(prompts))
+        ]
+        inputs: Any = [{"prompt_token_ids": tokens.tolist()} for tokens in prompts]
+        written: Any = self.llm.generate(inputs, params, use_tqdm=False)
+        return sum(len(one.outputs[0].logprobs) for one in written)
+
+
+BACKENDS: dict[str, type[Engine]] = {"qarl": Qarl, "stock": Stock}
+
+
+def randomize(model: Any) -> None:
+    """Weights of a running model as training leaves their size, so that routers spread tokens over experts and nothing overflows.
+    vLLM's own are so small that no token tells experts apart, and its integer codes are whatever lay in memory."""
+    import torch
+
+    hidden = model.config.hidden_size
+    deviation = {torch.int8: 74.0, torch.int32: 4.6, torch.float8_e4m3fn: 100.0}
+    codes = {p.dtype for p in model.parameters() if p.dtype in deviation}
+    scale = 1 / (math.sqrt(hidden) * deviation[codes.pop()]) if codes else 1.0
+    for name, parameter in model.named_parameters():
+        values, leaf = parameter.data, name.rpartition(".")[2]
+        if values.dtype == torch.int8:
+            values.random_(-127, 128)
+        elif values.dtype == torch.float8_e4m3fn:
+            for part in values if values.ndim > 2 else [values]:  # float32 of all experts would be too much at a time
+                part.copy_(torch.randn(part.shape, device=part.device).mul_(deviation[values.dtype]).clamp_(-448, 448))
+        elif values.dtype == torch.int32:
+            if "packed" in leaf:
+                values.random_(-(2**31), 2**31)
+        elif "scale" in leaf:
+            values.fill_(scale)
+        elif values.ndim > 1:
+            values.normal_(0.0, 1.0 if "embed" in name else 1 / math.sqrt(hidden))
+        else:
+            values.fill_(1.0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
