@@ -67,8 +67,8 @@ class Publisher:
         """Other weights, as after an optimizer step."""
         self.version += 1
         with torch.no_grad():
-            for parameter in self.model.parameters():
-                if parameter.ndim > 1:
+            for name, parameter in self.model.named_parameters():
+                if parameter.ndim > 1 and "embed" not in name:  # with every matrix negated a model computes what it did
                     parameter.neg_()
         self.aligned.invalidate()
         if torch.cuda.is_available():
