@@ -220,7 +220,15 @@ class RolloutConfig:
         _require(0 < self.gpu_memory < 1, f"rollout.gpu_memory: must lie between 0 and 1, got {self.gpu_memory}")
         for name in ("kv_cache_gb", "max_sequences", "replicas"):
             _positive(f"rollout.{name}", getattr(self, name))
-        _require(self.tensor_parallel == 1, f"rollout.tensor_parallel: only 1 so far, got {self.tensor_parallel}")
+        _require(
+            self.tensor_parallel in (1, 2),
+            f"rollout.tensor_parallel: {self.tensor_parallel} is not one of [1, 2]: sums over more ranks are rounded in an order "
+            "that no learner can repeat",
+        )
+        _require(
+            self.tensor_parallel == 1 or self.engine == "vllm",
+            f"rollout.tensor_parallel: {self.tensor_parallel} needs rollout.engine=vllm, got {self.engine}",
+        )
         _not_negative("rollout.restarts", self.restarts)
         sampling = self.sampling
         _positive("rollout.sampling.max_tokens", sampling.max_tokens)
