@@ -1,38 +1,95 @@
 """One rank of an engine in a process of its own: does what it is told over a connection, and sends back what came of it."""
 
+import gc
+import os
 import sys
 from multiprocessing.connection import Client, Connection
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
+from qarl.kernels.checksum import checksum
 from qarl.rollout.engine import Engine, open_engine
 
 
+def open_refilled(**arguments: Any) -> Engine:
+    """An engine without weights."""
+    return open_engine(**arguments)
+
+
+def open_stock(**arguments: Any) -> Engine:
+    """An engine whose weights vLLM itself read from a checkpoint, in the format that its config.json says."""
+    from vllm.engine import arg_utils
+
+    def as_anyone_would(**settings: Any) -> Any:
+        return made(**settings | {"load_format": "auto", "hf_overrides": {}})
+
+    made = arg_utils.EngineArgs
+    with patch.object(arg_utils, "EngineArgs", as_anyone_would):
+        engine: Any = open_engine(**arguments)
+    engine._refusal, engine.version = None, 0
+    return engine
+
+
 def addresses(engine: Any) -> dict[str, int]:
-    """Of everything in the model that a refill brings."""
-    slots = engine._refill.slots
-    return {f"{n}.{part}": getattr(slots[n].module, param).data_ptr() for n in slots for part, param in slots[n].params.items()}
+    """Of every tensor the layers hold."""
+    return {name: tensor.data_ptr() for name, tensor in _held(engine)}
 
 
-def forget_a_tensor(engine: Any, name: str) -> None:
-    """From now on this rank alone does not load the tensor."""
-    load = engine._load
-    engine._load = lambda tensors: load({n: parts for n, parts in tensors.items() if n != name})
+def bytes_held(engine: Any) -> dict[str, int]:
+    """Checksums of every tensor the layers hold."""
+    return {name: checksum(tensor) for name, tensor in _held(engine)}
+
+
+def _held(engine: Any) -> list[tuple[str, torch.Tensor]]:
+    found = []
+    for slot in engine._refill.slots.values():
+        module: Any = slot.module
+        members = {**module._parameters, **{k: v for k, v in vars(module).items() if isinstance(v, torch.Tensor)}}
+        for name, tensor in members.items():
+            if tensor is not None and name != "weight_shape":  # which nothing reads
+                rows = (
+                    slot.shape(name)[0] if slot.name in ("model.embed_tokens", "lm_head") else None
+                )  # without padding
+                found.append((f"{slot.name}: {name}", tensor.data[:rows]))
+    return found
+
+
+def skip(engine: Any, module: str) -> None:
+    """From now on this rank does not load the module, and says nothing."""
+    load = engine._refill.load
+    engine._refill.load = lambda tensors: load({n: p for n, p in tensors.items() if not n.startswith(module)})
 
 
 def version(engine: Engine) -> int | None:
     return engine.version
 
 
-COMMANDS = {f.__name__: f for f in (addresses, forget_a_tensor, version)}
+def die(engine: Engine) -> None:
+    os._exit(1)
 
 
-def serve(connection: Connection, engine: Any) -> None:
+COMMANDS = {f.__name__: f for f in (addresses, bytes_held, skip, version, die)}
+
+
+def serve(connection: Connection) -> None:
+    """(name, positional and keyword arguments) -> what the engine's method, or the function above, returns or raises."""
+    engine: Any = None
     while True:
-        name, arguments = connection.recv()
+        name, arguments, named = connection.recv()
         try:
-            answer = COMMANDS[name](engine, *arguments) if name in COMMANDS else getattr(engine, name)(*arguments)
+            if name.startswith("open_"):
+                engine = globals()[name](**named)
+                answer = engine.contract_hash()
+            elif name == "close":
+                answer = engine.close()
+                engine = None
+                gc.collect()
+            elif name in COMMANDS:
+                answer = COMMANDS[name](engine, *arguments)
+            else:
+                answer = getattr(engine, name)(*arguments)
         except Exception as error:
             answer = error
         connection.send(answer)
@@ -40,10 +97,8 @@ def serve(connection: Connection, engine: Any) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with Client(sys.argv[1]) as connection:
-        opened = open_engine(**connection.recv())
-        connection.send(opened.contract_hash())
+    with Client(sys.argv[1]) as opened:
         try:
-            serve(connection, opened)
+            serve(opened)
         except EOFError:
-            opened.close()
+            pass  # nobody asks any more
