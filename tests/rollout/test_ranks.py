@@ -11,11 +11,16 @@ import torch
 from transformers import PreTrainedModel
 
 from qarl import formats
+from qarl.batching import pack_to_score
 from qarl.compressed import write_checkpoint
 from qarl.config import RolloutConfig
 from qarl.errors import EngineError, SyncError
+from qarl.kernels.dispatch import backends
 from qarl.records import Prompt, Sampling, WeightUpdate
 from qarl.rollout.vllm_settings import quantization_override
+from qarl.trainer.aligned import AlignedModel
+from qarl.trainer.model import load_model
+from qarl.trainer.policy import Policy, to_tensors
 
 pytestmark = pytest.mark.slow  # each process imports vLLM
 
@@ -116,6 +121,23 @@ def test_log_probs_are_those_of_the_published_policy(rig: Rig, reference_logits)
     expected = logits.log_softmax(-1)[:-1].gather(1, sequence[1:, None])[:, 0].numpy()
     bound = {"bf16": 2e-3, "w8a8_fp8": 0.3}.get(rig.format, 0.1)
     assert np.abs(scored[0] - expected).mean() < bound
+
+
+@of(CASES[1:2])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_learner_told_of_two_ranks_computes_what_they_serve_and_one_that_is_not_does_not(rig: Rig, ranks: int):
+    if reason := backends(rig.format, "cpu", torch.float32)["engine"]:
+        pytest.skip(reason)
+    rig.refill(1)
+    scored, _ = rig.pair("score", [CANARY], [1])
+    model = load_model(rig.folder, torch.float32)
+    model.load_state_dict(rig.model(1).state_dict())
+    AlignedModel(model, formats.get(rig.format), "engine", "cpu", torch.float32, ranks)
+    batch, order = pack_to_score([CANARY], 1, 4096)
+    with torch.no_grad():
+        logprobs, _ = Policy(model, 1.0, 512)(to_tensors(batch.ranks[0][0], torch.device("cpu")))
+    gap = np.abs(order.unpack([[logprobs.numpy()]])[0] - scored[0]).mean()
+    assert gap < 2e-5 if ranks == 2 else gap > 2e-3
 
 
 FAULTY = "model.layers.1.self_attn.o_proj"
