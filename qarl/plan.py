@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from qarl import formats
 from qarl.config import RunConfig
 from qarl.fusion import engine_name, module_of
-from qarl.shapes import architecture, parameter_shapes
+from qarl.shapes import architecture, check_ranks, parameter_shapes
 
 GB = 1e9
 #: Bytes of optimizer state for each weight, beside the FP32 master: moments.
@@ -121,6 +121,8 @@ def plan(config: RunConfig) -> str:
     shapes = parameter_shapes(found)
     for name, shape in shapes.items():
         format.check_shape(name, shape)
+    if config.rollout.tensor_parallel > 1:
+        check_ranks(found, format, config.rollout.tensor_parallel)
     lines[1] += f": {formats.coverage(format, shapes)}"
     lines.insert(1, f"model {config.model.path or 'pocket'}: {sum(map(math.prod, shapes.values())) / GB:.3g} B weights")
     algorithm, learner, rollout = config.algorithm, config.learner, config.rollout

@@ -210,6 +210,7 @@ class Engine(ABC):
             finally:  # weights that cannot even be scored are named, if they are not those that were published
                 with stages("verify"):
                     error = self._prove(arrived, served, manifest)
+        error = max(self.ranks.gather(error))
         self.version, self._refusal = delivery.version, None
         return RefillReport(delivery.version, contract, stages.seconds, error, scores)
 

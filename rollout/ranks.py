@@ -57,19 +57,19 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What is raised inside on one rank is raised on all: a rank's own error, or else `SyncError` with another's."""
+        """What is raised inside on one rank is raised on all: a rank's own error, or `SyncError` with another's, which may be why
+        its own line was lost."""
         error: Exception | None = None
         try:
             yield
         except Exception as own:
             error = own
         told = self.gather(None if error is None else (isinstance(error, LineLost), str(error)))
-        if error is not None:
+        others = [(rank, *found) for rank, found in enumerate(told) if found is not None and rank != self.index]
+        if error is not None and (not isinstance(error, LineLost) or all(is_lost for _, is_lost, _ in others)):
             raise error
-        for rank, other in enumerate(told):
-            if other is not None:
-                is_lost, why = other
-                raise (LineLost if is_lost else SyncError)(f"rank {rank} of the engine: {why}")
+        for rank, is_lost, why in sorted(others, key=lambda other: other[1]):
+            raise (LineLost if is_lost else SyncError)(f"rank {rank} of the engine: {why}") from error
 
 
 ALONE = Ranks()

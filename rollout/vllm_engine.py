@@ -72,7 +72,7 @@ class VllmEngine(Engine):
         from vllm.v1.engine.core_client import InprocClient
         from vllm.v1.executor import Executor
 
-        require_format(self.format, path, dtype)
+        require_format(self.format, path, dtype, self.ranks.count)
         patches.apply()
         register_here(path)
         on_gpu = torch.cuda.is_available()

@@ -71,8 +71,9 @@ def experts(layer, hidden, index, weights, rounded, in_pieces):
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
-@pytest.mark.parametrize(("name", "ranks"), [("w8a8_int8", 1), ("w8a8_int8", 2), ("w8a8_fp8", 1), ("w8a8_fp8", 2),
-                                             ("w4a16_g32", 1), ("w4a16_g32", 2)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "ranks"), [("w8a8_int8", 1), ("w8a8_int8", 2), ("w8a8_fp8", 1), ("w8a8_fp8", 2), ("w4a16_g32", 1)]
+)
 def test_aligned_model_equals_transformers_on_the_grid(models, kind, name, ranks):
     format = get(name)
     model, reference = open_model(models[kind]), on_grid(open_model(models[kind]), format)
