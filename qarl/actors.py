@@ -80,7 +80,7 @@ class EngineActors:
         n = config.rollout.tensor_parallel
         first = index * n + (config.learner.ranks if config.placement.mode == "split" else 0)
         threads = max(1, (os.cpu_count() or 1) // n)
-        self.ranks = [
+        self.ranks: list[Any] = [
             ray.remote(_EngineActor).options(**_resources(config, first + rank, threads)).remote() for rank in range(n)
         ]
 

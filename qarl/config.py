@@ -205,7 +205,7 @@ class RolloutConfig:
     max_sequences: int = 256
     """Sequences decoded at a time."""
     tensor_parallel: int = 1
-    """GPUs of one engine; only 1 so far."""
+    """GPUs of one engine, 1 or 2: ranks that hold a part of every layer. The learner sums their products as they do."""
     eager: bool = False
     """No CUDA graphs and no compilation."""
     sleep: bool = False
@@ -539,6 +539,6 @@ class RunConfig:
         )
         _require(
             mode == "split" or engines <= ranks,
-            f"rollout.replicas: {engines} colocated engines, but each shares its GPU with a rank of the learner, and learner.ranks "
-            f"is {ranks}",
+            f"rollout.replicas: {engines} colocated engine GPUs (rollout.replicas x rollout.tensor_parallel), but each is shared with "
+            f"a rank of the learner, and learner.ranks is {ranks}",
         )

@@ -25,7 +25,7 @@ def supported_formats(dtype: str, experts: bool = False) -> dict[str, str | None
 
 
 def require_format(format: QuantFormat, path: str | Path, dtype: str, ranks: int = 1) -> None:
-    """Raise `ConfigError` where this machine's vLLM cannot run the format, naming what it can, or so many ranks not share the model."""
+    """Raise `ConfigError` where this machine's vLLM cannot run the format, naming what it can, or so many ranks not share it."""
     config = AutoConfig.from_pretrained(path)
     if ranks > 1:
         check_ranks(config.to_dict(), format, ranks)

@@ -1,4 +1,4 @@
-"""Engines of two ranks (tensor parallelism) as Ray actors, filled by a learner: over lines, through the host, and where one dies."""
+"""Engines of two ranks (tensor parallelism) as Ray actors, filled by a learner: over lines, through the host, and as one dies."""
 
 from __future__ import annotations
 

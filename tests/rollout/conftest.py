@@ -29,10 +29,12 @@ from transformers import (
 )
 
 from qarl import formats
+from qarl.compressed import write_checkpoint
 from qarl.config import RolloutConfig
 from qarl.kernels.dispatch import load
 from qarl.records import WeightUpdate
 from qarl.rollout.engine import Engine, open_engine
+from qarl.rollout.vllm_settings import quantization_override
 from qarl.trainer.pocket import build_tokenizer
 from qarl.trainer.publish import model_update
 
@@ -58,9 +60,10 @@ def _config(kind: str, tokenizer) -> PreTrainedConfig:
         shape |= {"hidden_size": 256, "intermediate_size": 512, "head_dim": 128}
     if kind == "wide":
         return Qwen3Config(**shape, tie_word_embeddings=True)
-    if kind == "wide_moe":
+    if kind in ("wide_moe", "wide_moe_of_two"):  # the latter for two ranks: each has 128 inputs of w2
+        width = 128 if kind == "wide_moe" else 256
         return Qwen3MoeConfig(
-            **shape, tie_word_embeddings=False, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=128
+            **shape, tie_word_embeddings=False, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=width
         )
     if kind == "qwen3":
         return Qwen3Config(**shape, tie_word_embeddings=True)
@@ -137,14 +140,32 @@ def start(model_folder) -> Iterator[Callable[..., Engine]]:
             engine.close()
 
 
+def export(model: PreTrainedModel, format: str, policy: Path, out: Path) -> Path:
+    """A checkpoint of the model in that format, beside the tokenizer of `policy`, as stock vLLM loads it."""
+    plain = out / "policy"
+    model.save_pretrained(plain)
+    for file in policy.glob("tokenizer*"):
+        (plain / file.name).write_bytes(file.read_bytes())
+    found = formats.get(format)
+    write_checkpoint(plain, out / "export", found, quantization_override(found))
+    return out / "export"
+
+
+@pytest.fixture(scope="session")
+def exported() -> Callable[..., Path]:
+    """See `export`."""
+    return export
+
+
 class Pair:
     """Two processes, each a rank of one engine, that are asked together; see `rank.py`."""
 
     def __init__(self, folder: Path) -> None:
         listeners = [Listener(str(folder / f"rank{rank}")) for rank in range(2)]
         self.processes = []
+        devices = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")
         for rank, listener in enumerate(listeners):
-            environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(rank)}
+            environment = {**os.environ, "CUDA_VISIBLE_DEVICES": devices[rank % len(devices)]}
             command = [sys.executable, str(Path(__file__).parent / "rank.py"), str(listener.address)]
             self.processes.append(subprocess.Popen(command, env=environment))
         self._connections = [listener.accept() for listener in listeners]

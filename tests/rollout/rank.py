@@ -33,27 +33,40 @@ def open_stock(**arguments: Any) -> Engine:
 
 
 def addresses(engine: Any) -> dict[str, int]:
-    """Of every tensor the layers hold."""
-    return {name: tensor.data_ptr() for name, tensor in _held(engine)}
+    """Of every tensor the layers and their kernel objects hold: all that a CUDA graph may read."""
+    found = {}
+    for path, module in engine._refill.model.named_modules():
+        method = getattr(module, "quant_method", None)
+        experts = getattr(getattr(method, "moe_kernel", None), "fused_experts", None)
+        kernel = getattr(getattr(module, "scheme", None), "kernel", None)
+        for holder in (module, method, experts, getattr(experts, "quant_config", None), kernel):
+            members = {**getattr(holder, "_parameters", {}), **getattr(holder, "__dict__", {})}
+            for name, value in members.items():
+                if isinstance(value, torch.Tensor):
+                    found[f"{path}.{type(holder).__name__}.{name}"] = value.data_ptr()
+    return found
 
 
 def bytes_held(engine: Any) -> dict[str, int]:
-    """Checksums of every tensor the layers hold."""
-    return {name: checksum(tensor) for name, tensor in _held(engine)}
-
-
-def _held(engine: Any) -> list[tuple[str, torch.Tensor]]:
-    found = []
+    """Checksums of what the layers hold of published tensors; on a CPU, of all tensors they hold."""
+    found = {}
     for slot in engine._refill.slots.values():
         module: Any = slot.module
         members = {**module._parameters, **{k: v for k, v in vars(module).items() if isinstance(v, torch.Tensor)}}
         for name, tensor in members.items():
-            if tensor is not None and name != "weight_shape":  # which nothing reads
+            if tensor is None or name == "weight_shape":  # which nothing reads
+                continue
+            if not tensor.is_cuda or name in slot.params.values():
                 rows = (
                     slot.shape(name)[0] if slot.name in ("model.embed_tokens", "lm_head") else None
                 )  # without padding
-                found.append((f"{slot.name}: {name}", tensor.data[:rows]))
+                found[f"{slot.name}: {name}"] = checksum(tensor.data[:rows])
     return found
+
+
+def foreign(engine: Any) -> list[str]:
+    """Tensors that are not written in place."""
+    return sorted(engine._refill.slots.keys() - engine._refill.homes.keys())
 
 
 def skip(engine: Any, module: str) -> None:
@@ -70,7 +83,7 @@ def die(engine: Engine) -> None:
     os._exit(1)
 
 
-COMMANDS = {f.__name__: f for f in (addresses, bytes_held, skip, version, die)}
+COMMANDS = {f.__name__: f for f in (addresses, bytes_held, foreign, skip, version, die)}
 
 
 def serve(connection: Connection) -> None:

@@ -12,12 +12,10 @@ from transformers import PreTrainedModel
 
 from qarl import formats
 from qarl.batching import pack_to_score
-from qarl.compressed import write_checkpoint
 from qarl.config import RolloutConfig
 from qarl.errors import EngineError, SyncError
 from qarl.kernels.dispatch import backends
 from qarl.records import Prompt, Sampling, WeightUpdate
-from qarl.rollout.vllm_settings import quantization_override
 from qarl.trainer.aligned import AlignedModel
 from qarl.trainer.model import load_model
 from qarl.trainer.policy import Policy, to_tensors
@@ -183,7 +181,7 @@ def test_what_fails_on_one_rank_alone_fails_on_both(rig: Rig):
 
 
 @of(CASES)
-def test_every_byte_is_where_vllm_would_have_put_it(rig: Rig, model_folder, tmp_path):
+def test_every_byte_is_where_vllm_would_have_put_it(rig: Rig, exported, tmp_path):
     """An engine of two ranks that vLLM filled from an exported checkpoint, by its own loaders."""
     rig.pair("close")
     rig.pair.open("refilled", rig.config, rig.folder, rig.dtype)
@@ -191,14 +189,8 @@ def test_every_byte_is_where_vllm_would_have_put_it(rig: Rig, model_folder, tmp_
     rig.refill(3)
     refilled, held = rig.greedy(), rig.pair("bytes_held")
     rig.pair("close")
-    policy = model_folder(rig.kind)
-    model = rig.model(3)
-    model.save_pretrained(tmp_path / "policy")
-    for file in policy.glob("tokenizer*"):
-        (tmp_path / "policy" / file.name).write_bytes(file.read_bytes())
-    settings = quantization_override(formats.get(rig.format))
-    write_checkpoint(tmp_path / "policy", tmp_path / "export", formats.get(rig.format), settings)
-    rig.pair.open("stock", rig.config, tmp_path / "export", rig.dtype)
+    checkpoint = exported(rig.model(3), rig.format, rig.folder, tmp_path)
+    rig.pair.open("stock", rig.config, checkpoint, rig.dtype)
     assert rig.pair("bytes_held") == held
     assert rig.greedy() == refilled
     assert len({tuple(tokens) for tokens in refilled}) > 1

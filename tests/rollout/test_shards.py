@@ -83,7 +83,7 @@ def test_a_rank_of_linear_layers_takes_what_vllm_loads(format: str, ranks: int, 
     torch.manual_seed(0)
     q, k, v = (torch.randn(n * HEAD, HIDDEN) for n in (heads, kv_heads, kv_heads))
     gate, up = (torch.randn(MIDDLE, HIDDEN) for _ in range(2))
-    stacks = {"qkv_proj": {"q": q, "k": k, "v": v}, "gate_up_proj": {0: gate, 1: up}}
+    stacks: dict[str, Any] = {"qkv_proj": {"q": q, "k": k, "v": v}, "gate_up_proj": {0: gate, 1: up}}
     out = _parts(format, torch.randn(HIDDEN, heads * HEAD))
     shapes = {
         "qkv_proj": ((heads + 2 * kv_heads) * HEAD, HIDDEN),
