@@ -13,7 +13,9 @@ model exists and ZeRO-3 can release the weight in between.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -30,6 +32,9 @@ class Prepared:
 
     codes: Codes
     operand: Any
+    """Of several shards, one each."""
+    shares: tuple[Codes, ...] = ()
+    """The codes of each shard once more, where there are several: kernels want them whole."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,9 @@ class Arithmetic:
     """A concrete one, from `dispatch.choose`."""
     dtype: torch.dtype
     """Of inputs and outputs."""
+    shards: int = 1
+    """Ranks of the engine that each hold an equal share of the inputs. A rank rounds its share of x to the activations' grid by
+    itself, with scales of its own, and its product to `dtype`; then products are summed."""
 
     @property
     def module(self) -> Backend:
@@ -55,8 +63,16 @@ class Arithmetic:
             codes = before.codes
             quantizer(self.format_name, "cuda").quantize_into(weight, self.group, codes)
         else:
-            codes = self.quantize(weight)
-        return Prepared(codes, self.module.prepare(codes, self.group, self.dtype))
+            before, codes = None, self.quantize(weight)
+        if self.shards == 1:
+            return Prepared(codes, self.module.prepare(codes, self.group, self.dtype))
+        shares = share_codes(codes, self.shards)
+        if before is not None:
+            for mine, new in zip(before.shares, shares, strict=True):
+                for part, values in mine.items():
+                    values.copy_(new[part])
+            shares = before.shares
+        return Prepared(codes, [self.module.prepare(mine, self.group, self.dtype) for mine in shares], shares)
 
     @torch.no_grad()
     def quantize(self, weight: Tensor) -> Codes:
@@ -66,6 +82,40 @@ class Arithmetic:
     def dequantize(self, codes: Codes, dtype: torch.dtype) -> Tensor:
         """Ŵ: the weight as the forward sees it."""
         return self.module.dequantize(codes, self.group, dtype)
+
+    def product(self, x: Tensor, operand: Any, bias: Tensor | None) -> Tensor:
+        """y [M, N] from x [M, K], `prepare`'s operand and bias [N], which the first rank adds."""
+        if self.shards == 1:
+            return self.module.product(x, operand, bias)
+        biases = [bias, *[None] * (self.shards - 1)]
+        parts = zip(_shares_of(x, self.shards), operand, biases, strict=True)
+        return reduce(torch.add, [self.module.product(*part) for part in parts])
+
+    def grouped_products(
+        self, x: Tensor, operand: Any, offsets: Tensor, row_weights: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """[M, N] of each shard: a rank sums over experts before ranks are summed."""
+        if self.shards == 1:
+            return (self.module.grouped_product(x, operand, offsets, row_weights),)
+        parts = zip(_shares_of(x, self.shards), operand, strict=True)
+        return tuple(self.module.grouped_product(*part, offsets, row_weights) for part in parts)
+
+
+def share_codes(codes: Codes, shards: int) -> tuple[Codes, ...]:
+    """Those of each equal share of the inputs, contiguous. What has one entry for all inputs belongs to every share. Raises
+    `ValueError` where a share would cut through a group."""
+    uneven = [part for part, values in codes.items() if values.shape[-1] > 1 and values.shape[-1] % shards]
+    if uneven:
+        raise ValueError(f"{shards} shards of the inputs would cut through an entry of {uneven}")
+
+    def share(values: Tensor, i: int) -> Tensor:
+        return values if values.shape[-1] == 1 else values.chunk(shards, -1)[i].contiguous()
+
+    return tuple({part: share(values, i) for part, values in codes.items()} for i in range(shards))
+
+
+def _shares_of(x: Tensor, shards: int) -> list[Tensor]:
+    return [share.contiguous() for share in x.chunk(shards, -1)]
 
 
 @torch.compiler.disable
@@ -91,13 +141,26 @@ def aligned_experts(
     after the last belong to no expert; they and their gradients are zero. An expert without rows has a zero gradient.
     row_weights [M] float32, the router's: they multiply the rows of y.
     """
-    return _AlignedExperts.apply(x, weight, offsets, arithmetic, prepared, row_weights)
+    (y,) = aligned_expert_shards(x, weight, offsets, arithmetic, prepared, row_weights)
+    return y
 
 
 @torch.compiler.disable
-def plain_experts(x: Tensor, weight: Tensor, offsets: Tensor, row_weights: Tensor | None = None) -> Tensor:
-    """`aligned_experts` in x's own dtype, nothing quantized."""
-    return _AlignedExperts.apply(x, weight, offsets, Arithmetic("bf16", None, "plain", x.dtype), None, row_weights)
+def aligned_expert_shards(
+    x: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    arithmetic: Arithmetic,
+    prepared: Prepared | None = None,
+    row_weights: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """`aligned_experts` where inputs are cut into `arithmetic.shards`: the product [M, N] of each, to be summed."""
+    return _AlignedExperts.apply(x, weight, offsets, arithmetic, prepared, row_weights)
+
+
+def plain_arithmetic(dtype: torch.dtype, shards: int = 1) -> Arithmetic:
+    """Of experts that nothing quantizes."""
+    return Arithmetic("bf16", None, "plain", dtype, shards)
 
 
 class _AlignedLinear(torch.autograd.Function):
@@ -107,7 +170,7 @@ class _AlignedLinear(torch.autograd.Function):
     ) -> Tensor:
         _save(ctx, arithmetic, prepared, weight, x)
         operand = (prepared or arithmetic.prepare(weight)).operand
-        y = arithmetic.module.product(x.reshape(-1, x.shape[-1]), operand, bias)
+        y = arithmetic.product(x.reshape(-1, x.shape[-1]), operand, bias)
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
@@ -131,26 +194,33 @@ class _AlignedExperts(torch.autograd.Function):
         arithmetic: Arithmetic,
         prepared: Prepared | None,
         row_weights: Tensor | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         _save(ctx, arithmetic, prepared, weight, x, offsets, row_weights)
         operand = (prepared or arithmetic.prepare(weight)).operand
-        return arithmetic.module.grouped_product(x, operand, offsets, row_weights)
+        return arithmetic.grouped_products(x, operand, offsets, row_weights)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """With router weights w: dX = w · (dY Ŵ), dW = dYᵀ · (w X), dw = ⟨dY Ŵ, X⟩ of each row."""
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        """With router weights w: dX = w · (dY Ŵ), dW = dYᵀ · (w X), dw = ⟨dY Ŵ, X⟩ of each row; of each shard its columns."""
         (x, offsets, row_weights), codes = _saved(ctx)
         needs_x, needs_weight, *_, needs_row_weights = ctx.needs_input_grad
-        dy = dy.contiguous()
+        dys = tuple(dy.contiguous() for dy in dys)
         dx = dw = d_row_weights = None
         if needs_x or needs_row_weights:
-            dx = rows_by_experts(dy, ctx.arithmetic.dequantize(codes(), dy.dtype), offsets)
+            shares = ctx.arithmetic.dequantize(codes(), dys[0].dtype).chunk(len(dys), -1)
+            dx = _joined([rows_by_experts(dy, share, offsets) for dy, share in zip(dys, shares, strict=True)])
         if row_weights is not None:
             dx, x, d_row_weights = weigh(x if dx is None else dx, x, row_weights)
         if needs_weight:
-            dw = experts_of_rows(dy, x, offsets).to(ctx.weight_dtype)
+            shares = x.chunk(len(dys), -1)
+            dw = _joined([experts_of_rows(dy, share, offsets) for dy, share in zip(dys, shares, strict=True)])
+            dw = dw.to(ctx.weight_dtype)
         return dx if needs_x else None, dw, None, None, None, d_row_weights if needs_row_weights else None
+
+
+def _joined(columns: Sequence[Tensor]) -> Tensor:
+    return columns[0] if len(columns) == 1 else torch.cat(list(columns), -1)
 
 
 def rows_by_experts(rows: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:

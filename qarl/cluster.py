@@ -27,9 +27,9 @@ import ray
 from ray.exceptions import RayActorError
 
 from qarl import formats
-from qarl.actors import get, reserve, spawn_engine, spawn_learner, with_header
+from qarl.actors import EngineActors, answers, first_death, get, reserve, spawn_learner, with_header
 from qarl.batching import pack_to_score
-from qarl.bridge import Bridge, OverLines, ThroughHost, answers
+from qarl.bridge import Bridge, OverLines, ThroughHost
 from qarl.config import LearnerConfig, RunConfig
 from qarl.errors import EngineError, LearnerError, LineLost
 from qarl.records import (
@@ -44,9 +44,6 @@ from qarl.records import (
     UpdateStats,
 )
 from qarl.transfer import PeerLost
-
-GRACE_S = 10.0
-"""For the news that an actor died to arrive, when another already failed for want of it."""
 
 
 class LearnerGroup:
@@ -70,6 +67,7 @@ class LearnerGroup:
             "world": self.ranks,
             "init_method": meeting,
             "revision": config.model.revision,
+            "engine_ranks": config.rollout.tensor_parallel,
         }
         self._starting = [a.start.remote({**arguments, "rank": r}) for r, a in enumerate(self._ranks)]
 
@@ -97,14 +95,19 @@ class LearnerGroup:
         header = self._all([header for header, _ in pairs])[0]
         return Published(**header, canaries=self.score(request.canaries, temperature=1.0)), pairs[0][1]
 
-    def hold_lines(self, carrier: str, engines: Sequence[Sequence[Any]]) -> list[Any]:
-        """Rank i from now on publishes to the i-th share of these engine actors, over lines of its own; `None` of each engine, or
-        its death."""
-        ranks = self._ranks[: len(engines)]
+    def hold_lines(self, carrier: str, engines: Sequence[EngineActors]) -> list[Any]:
+        """From now on rank 0 publishes to all ranks of these engines, or by `ipc` rank i to the i-th of them, over a line to each;
+        `None` of each engine, or its death."""
+        callers = [actor for engine in engines for actor in engine.ranks]
+        shares = [[actor] for actor in callers] if carrier == "ipc" else [callers]
+        ranks = self._ranks[: len(shares)]
         doors = self._all([rank.open_door.remote() for rank in ranks])
-        calling = [e.call.remote("connect", door) for share, door in zip(engines, doors, strict=True) for e in share]
-        answering = [r.call.remote("answer", carrier, len(share)) for r, share in zip(ranks, engines, strict=True)]
-        found = answers(calling, LineLost, OSError, EOFError)
+        calling = iter(
+            [a.call.remote("connect", door) for share, door in zip(shares, doors, strict=True) for a in share]
+        )
+        asked = [[next(calling) for _ in engine.ranks] for engine in engines]
+        answering = [r.call.remote("answer", carrier, len(share)) for r, share in zip(ranks, shares, strict=True)]
+        found = answers(engines, asked, LineLost, OSError, EOFError)
         dead = any(isinstance(answer, RayActorError) for answer in found)
         for answer in found:
             if answer is not None and not dead:
@@ -147,16 +150,11 @@ class LearnerGroup:
         try:
             return get(references)
         except Exception:
-            ray.wait(references, num_returns=len(references), timeout=GRACE_S)
-            for rank, reference in enumerate(references):
-                try:
-                    ray.get(reference, timeout=0)
-                except RayActorError as death:
-                    raise LearnerError(
-                        f"learner rank {rank} died: {death}\n  resume=auto continues from the newest checkpoint"
-                    ) from death
-                except Exception:
-                    continue  # a rank that lives: its error is the one being handled, or follows from it
+            if found := first_death(references):
+                rank, death = found
+                raise LearnerError(
+                    f"learner rank {rank} died: {death}\n  resume=auto continues from the newest checkpoint"
+                ) from death
             raise
 
 
@@ -167,14 +165,14 @@ class Sampler:
         self._config, self._bridge = config, bridge
         self._arguments = engine_arguments(config, model)
         self._request: SyncRequest | None = None
-        self._engines = [spawn_engine(config, index) for index in range(config.rollout.replicas)]
-        self._starting = [self._start(engine) for engine in self._engines]
+        self._engines = [EngineActors(config, index) for index in range(config.rollout.replicas)]
+        self._starting = [engine.start(self._arguments) for engine in self._engines]
         self.restarted = 0
         """Engines started again so far."""
 
     def wait(self) -> None:
         """Until every engine stands, and has a line to the learner."""
-        self._replace_dead(answers(self._starting))
+        self._replace_dead(answers(self._engines, self._starting))
         self._connect()
 
     def refill(self, request: SyncRequest) -> tuple[Published, list[RefillReport]]:
@@ -190,26 +188,27 @@ class Sampler:
         """n completions a prompt, in the order of the prompts; `seeds`: int64 [prompts, n]."""
         bounds = np.linspace(0, len(prompts), len(self._engines) + 1).astype(int)
         shares = [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
-        answers = self._ask(lambda e, r: e.call.remote("generate", prompts[shares[r]], sampling, seeds[shares[r]]))
-        return [completion for answer in answers for completion in answer]
+        found = self._ask(lambda e, i: e.ask("generate", prompts[shares[i]], sampling, seeds[shares[i]]))
+        return [completion for answer in found for completion in answer]
 
     def sleep(self) -> None:
         """Engines give their GPU memory to the learner, until the next refill."""
-        while self._replace_dead(answers([engine.call.remote("sleep") for engine in self._engines])):
+        while self._replace_dead(answers(self._engines, [engine.ask("sleep") for engine in self._engines])):
             self._connect()
             if self._request:
                 self.refill(self._request)  # which wakes the others: all are asked again
 
-    def _ask(self, call: Callable[[Any, int], Any]) -> list[Any]:
+    def _ask(self, call: Callable[[EngineActors, int], list[Any]]) -> list[Any]:
         """`call(engine, index)` on every engine; those that die are replaced, refilled, and asked again. Their first answers never
         arrived, so nothing is counted twice."""
-        found = answers([call(engine, i) for i, engine in enumerate(self._engines)])
+        found = answers(self._engines, [call(engine, i) for i, engine in enumerate(self._engines)])
         while dead := self._replace_dead(found):
             self._connect()
             if self._request:
                 self.refill(self._request)
-            for index, answer in zip(dead, answers([call(self._engines[i], i) for i in dead]), strict=True):
-                found[index] = answer
+            again = [self._engines[i] for i in dead]
+            for i, answer in zip(dead, answers(again, [call(self._engines[i], i) for i in dead]), strict=True):
+                found[i] = answer
         return found
 
     def _connect(self) -> None:
@@ -231,14 +230,11 @@ class Sampler:
                     f"engine {index} died: {death}. It was started again {self.restarted} times already (rollout.restarts)"
                 ) from death
             self.restarted += 1
-            engine = self._engines[index] = spawn_engine(self._config, index)
-            (answer,) = answers([self._start(engine)])
+            engine = self._engines[index] = EngineActors(self._config, index)
+            (answer,) = answers([engine], [engine.start(self._arguments)])
             if not isinstance(answer, RayActorError):
                 return
             death = answer
-
-    def _start(self, engine: Any) -> Any:
-        return engine.start.remote(self._arguments)
 
 
 @dataclass(frozen=True)

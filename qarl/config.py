@@ -205,7 +205,7 @@ class RolloutConfig:
     max_sequences: int = 256
     """Sequences decoded at a time."""
     tensor_parallel: int = 1
-    """GPUs of one engine; only 1 so far."""
+    """GPUs of one engine, 1 or 2: ranks that hold a part of every layer. The learner sums their products as they do."""
     eager: bool = False
     """No CUDA graphs and no compilation."""
     sleep: bool = False
@@ -220,7 +220,15 @@ class RolloutConfig:
         _require(0 < self.gpu_memory < 1, f"rollout.gpu_memory: must lie between 0 and 1, got {self.gpu_memory}")
         for name in ("kv_cache_gb", "max_sequences", "replicas"):
             _positive(f"rollout.{name}", getattr(self, name))
-        _require(self.tensor_parallel == 1, f"rollout.tensor_parallel: only 1 so far, got {self.tensor_parallel}")
+        _require(
+            self.tensor_parallel in (1, 2),
+            f"rollout.tensor_parallel: {self.tensor_parallel} is not one of [1, 2]: sums over more ranks are rounded in an order "
+            "that no learner can repeat",
+        )
+        _require(
+            self.tensor_parallel == 1 or self.engine == "vllm",
+            f"rollout.tensor_parallel: {self.tensor_parallel} needs rollout.engine=vllm, got {self.engine}",
+        )
         _not_negative("rollout.restarts", self.restarts)
         sampling = self.sampling
         _positive("rollout.sampling.max_tokens", sampling.max_tokens)
@@ -531,6 +539,6 @@ class RunConfig:
         )
         _require(
             mode == "split" or engines <= ranks,
-            f"rollout.replicas: {engines} colocated engines, but each shares its GPU with a rank of the learner, and learner.ranks "
-            f"is {ranks}",
+            f"rollout.replicas: {engines} colocated engine GPUs (rollout.replicas x rollout.tensor_parallel), but each is shared with "
+            f"a rank of the learner, and learner.ranks is {ranks}",
         )

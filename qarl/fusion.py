@@ -16,6 +16,14 @@ FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 #: packed experts of transformers -> the engine's name (w13 stacks gate, then up, as transformers does)
 EXPERTS = {"experts.gate_up_proj": "experts.w13", "experts.down_proj": "experts.w2"}
 
+#: leaves whose inputs an engine of several ranks cuts; ranks sum what comes out
+SUMMED = ("o_proj", "down_proj")
+
+
+def is_summed(parameter: str) -> bool:
+    """Whether it is the weight, of a layer or of packed experts, of a product that ranks sum."""
+    return parameter.removesuffix(".weight").rpartition(".")[2] in SUMMED
+
 
 def engine_name(parameter: str) -> tuple[str, int]:
     """(fused name, place in the stack) of a parameter of the transformers model.

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from qarl import formats
 from qarl.config import RunConfig
-from qarl.fusion import engine_name, module_of
-from qarl.shapes import architecture, parameter_shapes
+from qarl.fusion import engine_name, is_summed, module_of
+from qarl.shapes import architecture, check_ranks, parameter_shapes
 
 GB = 1e9
 #: Bytes of optimizer state for each weight, beside the FP32 master: moments.
@@ -44,7 +44,7 @@ class Memory:
 _WAYS = {
     "host": "all of it passes through host memory on its way",
     "ipc": "read in place by engines that share a rank's GPU, through two staging buffers",
-    "broadcast": "broadcast by NCCL, through two staging buffers on each GPU",
+    "broadcast": "broadcast by NCCL, all of it to every GPU, through two staging buffers on each",
 }
 
 
@@ -78,8 +78,10 @@ def _kept_codes(config: RunConfig, shapes: dict[str, tuple[int, ...]]) -> float:
     """Gigabytes of the codes that the aligned forward keeps from one optimizer step to the next."""
     if config.learner.zero == 3 or config.learner.backend == "none":
         return 0.0
-    format = formats.get(config.rollout.format)
-    return sum(math.prod(s) * format.bits_per_weight(s) for n, s in shapes.items() if format.covers(n, s)) / 8 / GB
+    format, ranks = formats.get(config.rollout.format), config.rollout.tensor_parallel
+    covered = {n: math.prod(s) * format.bits_per_weight(s) for n, s in shapes.items() if format.covers(n, s)}
+    shares = sum(bits for name, bits in covered.items() if ranks > 1 and is_summed(name))  # cut, beside the whole
+    return (sum(covered.values()) + shares) / 8 / GB
 
 
 def engine_weights(config: RunConfig, shapes: dict[str, tuple[int, ...]]) -> float:
@@ -121,6 +123,8 @@ def plan(config: RunConfig) -> str:
     shapes = parameter_shapes(found)
     for name, shape in shapes.items():
         format.check_shape(name, shape)
+    if config.rollout.tensor_parallel > 1:
+        check_ranks(found, format, config.rollout.tensor_parallel)
     lines[1] += f": {formats.coverage(format, shapes)}"
     lines.insert(1, f"model {config.model.path or 'pocket'}: {sum(map(math.prod, shapes.values())) / GB:.3g} B weights")
     algorithm, learner, rollout = config.algorithm, config.learner, config.rollout

@@ -9,6 +9,7 @@ from typing import Any
 
 from qarl.config import ModelConfig, PocketConfig
 from qarl.errors import ConfigError
+from qarl.formats import QuantFormat
 
 Shape = tuple[int, ...]
 
@@ -53,6 +54,27 @@ def parameter_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
     if not config.get("tie_word_embeddings"):
         shapes["lm_head.weight"] = (config["vocab_size"], hidden)
     return shapes
+
+
+def check_ranks(config: Mapping[str, Any], format: QuantFormat, ranks: int) -> None:
+    """Raise `ConfigError` where an engine of so many ranks cannot share a model of this `config.json`: each has whole heads, and of
+    the inputs that ranks cut, whole groups of the format."""
+    heads = config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    head = config.get("head_dim") or config["hidden_size"] // heads
+    width = "moe_intermediate_size" if config.get("num_experts") else "intermediate_size"
+    whole = {"num_attention_heads": heads, width: config[width]}
+    if kv_heads > 1:  # ranks may hold the same one
+        whole["num_key_value_heads"] = kv_heads
+    for name, count in whole.items():
+        if count % ranks:
+            raise ConfigError(f"rollout.tensor_parallel: {ranks} ranks cannot share {name} = {count}")
+    for name, inputs in {"num_attention_heads x head_dim": heads * head, width: config[width]}.items():
+        if format.group and inputs // ranks % format.group:
+            raise ConfigError(
+                f"rollout.tensor_parallel: {ranks} ranks take {inputs // ranks} of {name} = {inputs} inputs each, which groups of "
+                f"{format.group} (rollout.format={format.name}) do not divide"
+            )
 
 
 def architecture(model: ModelConfig) -> Mapping[str, Any] | None:

@@ -15,6 +15,7 @@ from transformers import AutoConfig
 from qarl import formats
 from qarl.errors import ConfigError
 from qarl.formats import QuantFormat
+from qarl.shapes import check_ranks
 
 
 def supported_formats(dtype: str, experts: bool = False) -> dict[str, str | None]:
@@ -23,14 +24,19 @@ def supported_formats(dtype: str, experts: bool = False) -> dict[str, str | None
     return {name: refuse(format, getattr(torch, dtype), experts) for name, format in formats.FORMATS.items()}
 
 
-def require_format(format: QuantFormat, path: str | Path, dtype: str) -> None:
-    """Raise `ConfigError`, naming what this machine's vLLM can run, where it cannot run the format."""
+def require_format(format: QuantFormat, path: str | Path, dtype: str, ranks: int = 1) -> None:
+    """Raise `ConfigError` where this machine's vLLM cannot run the format, naming what it can, or so many ranks not share it."""
     config = AutoConfig.from_pretrained(path)
+    if ranks > 1:
+        check_ranks(config.to_dict(), format, ranks)
     experts = bool(getattr(config, "num_experts", 0))
     reasons = supported_formats(dtype, experts)
     if experts and format.weight == "int4" and torch.cuda.is_available() and config.hidden_size % 128:
         # vLLM would take other kernels, of other arithmetic and layout, without a word.
         reasons[format.name] = f"Marlin's experts need a hidden size divisible by 128, got {config.hidden_size}"
+    if experts and format.weight == "int4" and torch.cuda.is_available() and config.moe_intermediate_size // ranks % 64:
+        width = config.moe_intermediate_size // ranks
+        reasons[format.name] = f"Marlin's experts need a width divisible by 64, got {width} on each of {ranks} ranks"
     if reason := reasons[format.name]:
         runs = sorted(name for name, why in reasons.items() if why is None)
         raise ConfigError(

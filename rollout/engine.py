@@ -21,23 +21,32 @@ from qarl.errors import ConfigError, EngineError, SyncError
 from qarl.kernels.checksum import pending
 from qarl.records import Completion, Prompt, RefillReport, Sampling, WeightUpdate
 from qarl.rollout import proof
+from qarl.rollout.ranks import ALONE, Ranks
 from qarl.stages import Stages
 from qarl.transfer import Address, Delivery, HostDelivery, Inlet, Manifest, Tensors
 from qarl.wire import Specs, named_sums
 
 
 def open_engine(
-    config: RolloutConfig, path: str | Path, dtype: str, max_tokens: int, tile_tolerance: float = 0.02
+    config: RolloutConfig,
+    path: str | Path,
+    dtype: str,
+    max_tokens: int,
+    tile_tolerance: float = 0.02,
+    rank: int = 0,
+    meeting: str = "",
 ) -> Engine:
-    """The engine that `config.engine` names, without weights.
+    """The engine that `config.engine` names, without weights; of several ranks (`config.tensor_parallel`), this one.
 
     `path`: the model's folder (config and tokenizer; weights are not read); `dtype`: of activations and kept weights;
-    `max_tokens`: of prompt and response together. Raises `ConfigError` where this machine cannot run the format.
+    `max_tokens`: of prompt and response together; `meeting`: where ranks meet, tcp://host:port of rank 0's node. Ranks start
+    together, and are given every call together. Raises `ConfigError` where this machine cannot run the format.
     """
     if config.engine == "vllm":
         from qarl.rollout.vllm_engine import VllmEngine
 
-        return VllmEngine(config, path, dtype, max_tokens, tile_tolerance)
+        ranks = Ranks(rank, config.tensor_parallel, meeting)
+        return VllmEngine(config, path, dtype, max_tokens, tile_tolerance, ranks)
     from qarl.rollout.torch_engine import TorchEngine
 
     return TorchEngine(config, path, dtype, max_tokens, tile_tolerance)
@@ -46,13 +55,21 @@ def open_engine(
 class Engine(ABC):
     """A sampler at one format. Engines fill in the abstract methods; the order of a refill is the same for all."""
 
-    def __init__(self, config: RolloutConfig, path: str | Path, max_tokens: int, tile_tolerance: float) -> None:
+    def __init__(
+        self,
+        config: RolloutConfig,
+        path: str | Path,
+        max_tokens: int,
+        tile_tolerance: float,
+        ranks: Ranks = ALONE,
+    ) -> None:
         self.format = formats.get(config.format)
         context = AutoConfig.from_pretrained(path).max_position_embeddings
         if max_tokens > context:
             raise ConfigError(f"model.max_tokens: {max_tokens} is beyond the model's context of {context} tokens")
         self.max_tokens = max_tokens
         self.tile_tolerance = tile_tolerance
+        self.ranks = ranks
         self.device = torch.device("cpu")
         """Where published tensors are wanted."""
         self.version: int | None = None
@@ -64,6 +81,10 @@ class Engine(ABC):
     @abstractmethod
     def _expected(self) -> Specs:
         """Every tensor this engine's own model wants."""
+
+    def _share(self, delivery: Delivery) -> Delivery:
+        """Of what is published, what `_expected` speaks of: all of it, but in one of several ranks."""
+        return delivery
 
     @abstractmethod
     def _load(self, tensors: Tensors) -> None:
@@ -157,36 +178,39 @@ class Engine(ABC):
     def _receive(self, begin: Callable[[], Delivery], canaries: Sequence[np.ndarray]) -> RefillReport:
         self._refusal = "its last refill failed"
         stages = Stages()
-        with stages("wait"):
-            delivery = begin()
-        try:
-            if self.version is not None and delivery.version < self.version:
-                raise SyncError(
-                    f"weights of version {delivery.version} are stale: version {self.version} is being served"
-                )
-            with stages("verify"):
-                contract, expected = self.contract_hash(), self._expected()
-                proof.check_contract(delivery, expected, self.format, contract)
-                # What is held wider than it was published is checked as it arrived: it holds other bytes.
-                same = {name for name, parts in expected.items() if parts == delivery.specs[name]}
-            with stages("wake"):
-                self._wake_weights()
-            arrived = self._load_all(delivery, same, stages)
-            manifest = delivery.manifest()
-        except BaseException:
-            delivery.abandon()
-            raise
+        with self.ranks.together():
+            with stages("wait"):
+                delivery = self._share(begin())
+            try:
+                if self.version is not None and delivery.version < self.version:
+                    raise SyncError(
+                        f"weights of version {delivery.version} are stale: version {self.version} is being served"
+                    )
+                with stages("verify"):
+                    contract, expected = self.contract_hash(), self._expected()
+                    proof.check_contract(delivery, expected, self.format, contract)
+                    # What is held wider than it was published is checked as it arrived: it holds other bytes.
+                    same = {name for name, parts in expected.items() if parts == delivery.specs[name]}
+                with stages("wake"):
+                    self._wake_weights()
+                arrived = self._load_all(delivery, same, stages)
+                manifest = delivery.manifest()
+            except BaseException:
+                delivery.abandon()
+                raise
         with stages("verify"):
             # The device sums while canaries are scored.
             served = {name: parts for name, parts in self._read_back().items() if name in same}
         with stages("wake"):
             self._wake_caches()
-        try:
-            with stages("canary"):
-                scores = self._score_canaries(canaries) if canaries else []
-        finally:  # weights that cannot even be scored are named, if they are not those that were published
-            with stages("verify"):
-                error = self._prove(arrived, served, manifest)
+        with self.ranks.together():
+            try:
+                with stages("canary"):
+                    scores = self._score_canaries(canaries) if canaries else []
+            finally:  # weights that cannot even be scored are named, if they are not those that were published
+                with stages("verify"):
+                    error = self._prove(arrived, served, manifest)
+        error = max(self.ranks.gather(error))
         self.version, self._refusal = delivery.version, None
         return RefillReport(delivery.version, contract, stages.seconds, error, scores)
 

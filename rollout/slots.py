@@ -8,16 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from qarl.errors import EngineError
 from qarl.formats import QuantFormat
+from qarl.rollout.shards import Cut
 from qarl.wire import Spec, Specs
 
 #: prefix of a packed experts' parameter -> the leaf of its fused name
@@ -48,10 +55,11 @@ class Slot:
         return before[param] if param in before else getattr(self.module, param)
 
     def shape(self, part: str) -> tuple[int, ...]:
-        """As published: embeddings without the rows vLLM pads them with, int4 experts with outputs before inputs."""
+        """As published, of a rank its share: embeddings without the rows vLLM pads them with, int4 experts with outputs before
+        inputs."""
         raw = self.raw(part)
         if isinstance(self.module, VocabParallelEmbedding):
-            return (int(self.module.org_vocab_size), *raw.shape[1:])
+            return (self.module.shard_indices.num_org_elements, *raw.shape[1:])
         return tuple(raw.mT.shape if is_transposed(raw) else raw.shape)
 
     @property
@@ -68,6 +76,13 @@ class Slot:
     def quantized(self) -> bool:
         return any(self.raw(part).dtype in _GRIDS for part in self.params)
 
+    @property
+    def cut(self) -> Cut:
+        """What this rank holds of it, as vLLM's own layer says."""
+        shape = self.shape(self.code if self.quantized else next(iter(self.params)))
+        n_outputs, n_inputs = (*shape, 1) if len(shape) == 1 else shape[-2:]
+        return _cut(self.name, self.module, n_outputs, self.n_inputs if self.quantized else n_inputs)
+
 
 def find_slots(model: nn.Module) -> dict[str, Slot]:
     """Fused name -> slot, of every tensor the model wants. A tied lm_head wants none of its own."""
@@ -83,7 +98,7 @@ def expected(slots: Mapping[str, Slot]) -> Specs:
 
 
 def contract_hash(slots: Mapping[str, Slot], format: QuantFormat) -> str:
-    """The contract of what the model really holds: its quantized tensors, their shapes, grid and group.
+    """The contract of what the model really holds, all ranks of it: its quantized tensors, their shapes, grid and group.
 
     Raises `EngineError` for a model that holds two grids.
     """
@@ -91,14 +106,40 @@ def contract_hash(slots: Mapping[str, Slot], format: QuantFormat) -> str:
     grids: set[tuple[Literal["bf16", "int8", "e4m3", "int4"], int | None]] = set()
     for slot in slots.values():
         if slot.quantized:
-            grid, n_inputs = _GRIDS[slot.raw(slot.code).dtype], slot.n_inputs
-            shapes[slot.name] = (*slot.shape(slot.code)[:-1], n_inputs)
+            grid, cut = _GRIDS[slot.raw(slot.code).dtype], slot.cut
+            shapes[slot.name] = (*slot.shape(slot.code)[:-2], cut.n_outputs, cut.n_inputs)
             groups = slot.shape("weight_scale")[-1]
-            grids.add((grid, None if groups == 1 and not format.group else n_inputs // groups))
+            grids.add((grid, None if groups == 1 and not format.group else slot.n_inputs // groups))
     if len(grids) > 1:
         raise EngineError(f"the engine's model holds several grids: {sorted(map(str, grids))}")
     weight, group = grids.pop() if grids else ("bf16", None)
     return replace(format, weight=weight, group=group).contract_hash(shapes)
+
+
+def _cut(name: str, module: Any, n_outputs: int, n_inputs: int) -> Cut:
+    """`n_outputs`, `n_inputs`: of what this rank holds."""
+    if isinstance(module, VocabParallelEmbedding):
+        mine = module.shard_indices
+        rows = (mine.org_vocab_start_index, mine.org_vocab_end_index)
+        return Cut(module.org_vocab_size, n_inputs, (rows,), (0, n_inputs))
+    if isinstance(module, LinearBase):
+        rank, ranks = module.tp_rank, module.tp_size
+        if isinstance(module, RowParallelLinear):
+            return Cut.by_inputs(n_outputs, module.input_size, rank, ranks)
+        if isinstance(module, QKVParallelLinear):
+            q, k, v = module.output_sizes  # of key and value heads, all copies
+            copies = module.num_kv_head_replicas
+            return Cut.by_outputs([(q, 1), (k // copies, copies), (v // copies, copies)], n_inputs, rank, ranks)
+        if isinstance(module, MergedColumnParallelLinear):
+            return Cut.by_outputs([(size, 1) for size in module.output_sizes], n_inputs, rank, ranks)
+        if isinstance(module, ColumnParallelLinear):
+            return Cut.by_outputs([(module.output_size, 1)], n_inputs, rank, ranks)
+    elif name.endswith((".w13", ".w2")):
+        rank, ranks = module.moe_config.tp_rank, module.moe_config.tp_size
+        if name.endswith(".w2"):
+            return Cut.by_inputs(n_outputs, n_inputs * ranks, rank, ranks)
+        return Cut.by_outputs([(n_outputs // 2 * ranks, 1)] * 2, n_inputs, rank, ranks)
+    return Cut.whole(n_outputs, n_inputs)
 
 
 def is_transposed(raw: Tensor) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import zlib
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,9 +23,11 @@ from qarl.records import Completion, Prompt, Sampling
 from qarl.rollout import patches
 from qarl.rollout.capability import require_format
 from qarl.rollout.engine import Engine
+from qarl.rollout.ranks import ALONE, Ranks
+from qarl.rollout.shards import Share
 from qarl.rollout.text import Text
 from qarl.rollout.vllm_settings import ENVIRONMENT, gpu_settings, quantization_override, register_here
-from qarl.transfer import Tensors
+from qarl.transfer import Delivery, Tensors
 from qarl.wire import Specs
 
 
@@ -41,9 +44,15 @@ class VllmEngine(Engine):
     """
 
     def __init__(
-        self, config: RolloutConfig, path: str | Path, dtype: str, max_tokens: int, tile_tolerance: float = 0.02
+        self,
+        config: RolloutConfig,
+        path: str | Path,
+        dtype: str,
+        max_tokens: int,
+        tile_tolerance: float = 0.02,
+        ranks: Ranks = ALONE,
     ) -> None:
-        super().__init__(config, path, max_tokens, tile_tolerance)
+        super().__init__(config, path, max_tokens, tile_tolerance, ranks)
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         self.text, self._sleeps = Text(path), config.sleep
@@ -54,11 +63,12 @@ class VllmEngine(Engine):
 
         self._refill = Refill(worker.model_runner.get_model())  # without the wrapper that replays graphs
         self._replay: Any = None
-        if worker.device.type == "cuda" and not config.eager:
+        if worker.device.type == "cuda" and not config.eager and ranks.count == 1:
             from qarl.rollout.replay import Replay
 
             self._replay = Replay(worker.model_runner)
         self._contract = contract_hash(self._refill.slots, self.format)
+        self._cuts = {name: slot.cut for name, slot in self._refill.slots.items()}
         self.device = worker.device
         self._n_requests = 0
 
@@ -68,7 +78,7 @@ class VllmEngine(Engine):
         from vllm.v1.engine.core_client import InprocClient
         from vllm.v1.executor import Executor
 
-        require_format(self.format, path, dtype)
+        require_format(self.format, path, dtype, self.ranks.count)
         patches.apply()
         register_here(path)
         on_gpu = torch.cuda.is_available()
@@ -93,6 +103,7 @@ class VllmEngine(Engine):
             enable_sleep_mode=config.sleep,
             disable_log_stats=True,
             seed=0,
+            **self.ranks.settings(),
             **(gpu_settings(self.format, config.max_sequences, most_tokens) if on_gpu else {}),
         )
         gc.freeze()  # vLLM collects garbage five times while it starts; a third of a second each over all its modules
@@ -106,6 +117,9 @@ class VllmEngine(Engine):
 
     def _expected(self) -> Specs:
         return self._refill.specs
+
+    def _share(self, delivery: Delivery) -> Delivery:
+        return Share(delivery, self._cuts) if self.ranks.count > 1 else delivery
 
     def _load(self, tensors: Tensors) -> None:
         from vllm.config import set_current_vllm_config
@@ -177,6 +191,7 @@ class VllmEngine(Engine):
                 )
                 requests.append((tokens, params))
         written = self._run(requests, sampling.stop)
+        self._require_same_tokens([w.tokens for w in written])
         texts = self.text.decode([w.tokens for w in written])
         n = seeds.shape[1]
         return [
@@ -191,6 +206,11 @@ class VllmEngine(Engine):
             )
             for i, (w, text) in enumerate(zip(written, texts, strict=True))
         ]
+
+    def _require_same_tokens(self, mine: list[list[int]]) -> None:
+        """On all ranks: those that part have summed products of different tokens."""
+        if self.ranks.count > 1 and len(set(self.ranks.gather(zlib.crc32(repr(mine).encode())))) > 1:
+            raise EngineError("the ranks of the engine wrote different tokens")
 
     def _score(self, sequences: Sequence[np.ndarray], prompt_lengths: Sequence[int]) -> list[np.ndarray]:
         from vllm import SamplingParams

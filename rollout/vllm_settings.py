@@ -17,6 +17,7 @@ ENVIRONMENT = {
     "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # by one token; `Engine` checks the context itself
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # it divides logits by the temperature in bfloat16, and takes dense models only
     "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it cannot tell the log-probs it sampled from
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",  # ranks are summed by NCCL, in batches of any size
     "VLLM_USE_DEEP_GEMM": "0",  # not one of our kernels, yet warmed up where it is there
 }
 

@@ -91,8 +91,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     """Every tensor in what a backend's `prepare` made."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, dict):
-        for inner in value.values():
+    elif isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
             yield from _tensors(inner)
     elif hasattr(value, "__dict__"):
         yield from _tensors(vars(value))

@@ -54,8 +54,10 @@ class Learner:
         world: int = 1,
         init_method: str | None = None,
         revision: str | None = None,
+        engine_ranks: int = 1,
     ) -> None:
-        """`init_method`: where ranks meet, as torch understands it; `total_updates`: the schedule's length."""
+        """`init_method`: where ranks meet, as torch understands it; `total_updates`: the schedule's length; `engine_ranks`: those
+        of one engine, whose sums an aligned forward repeats."""
         self.config, self.format, self.objective = config, format, objective
         self.total_updates = total_updates
         self.rank, self.world, self.model_path, self.updates = rank, world, model_path, 0
@@ -67,7 +69,9 @@ class Learner:
         model.train()
         self.model = model
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        self.aligned = AlignedModel(model, format, config.backend, self.device.type, getattr(torch, dtype))
+        self.aligned = AlignedModel(
+            model, format, config.backend, self.device.type, getattr(torch, dtype), engine_ranks
+        )
         policy = Policy(model, temperature, config.logprob_chunk)
         self._canary = Canary(policy, self.aligned, self.device)
         self.optimizer = make_optimizer(model.named_parameters(), config.optimizer)

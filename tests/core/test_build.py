@@ -35,7 +35,18 @@ ROOT = Path(__file__).resolve().parents[2]
         ({"model": {"path": "x"}}, "model: give exactly one of path, gguf, pocket"),
         ({"rollout": {"sampling": {"top_p": 0.9}}}, "rollout.sampling: top_p must be 1"),
         ({"rollout": {"sampling": {"stop": ["a", ""]}}}, "rollout.sampling.stop: must hold no empty string"),
-        ({"rollout": {"tensor_parallel": 2}}, "rollout.tensor_parallel: only 1 so far, got 2"),
+        (
+            {"rollout": {"tensor_parallel": 4}},
+            r"rollout.tensor_parallel: 4 is not one of \[1, 2\]: sums over more ranks",
+        ),
+        (
+            {"rollout": {"tensor_parallel": 2, "engine": "torch"}},
+            "rollout.tensor_parallel: 2 needs rollout.engine=vllm, got torch",
+        ),
+        (
+            {"rollout": {"tensor_parallel": 2, "format": "bf16"}, "placement": {"gpus": 2}},
+            "rollout.replicas: 2 colocated engine GPUs",
+        ),
         ({"rollout": {"restarts": -1}}, "rollout.restarts: must not be negative, got -1"),
         ({"name": ""}, "name: must be a plain folder name .* got ''"),
         ({"name": ".."}, "name: must be a plain folder name .* got '..'"),

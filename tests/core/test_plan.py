@@ -3,7 +3,7 @@
 import pytest
 
 from qarl.errors import ConfigError
-from qarl.plan import engine_weights, learner_memory, plan, staging
+from qarl.plan import engine_memory, engine_weights, learner_memory, plan, staging
 from qarl.shapes import architecture, parameter_shapes
 
 TARGET = "recipe=qwen3_30b_a3b_math_w4a16"
@@ -79,3 +79,44 @@ def test_below_zero_3_the_learner_keeps_the_codes_it_computes_with(composed):
     whole = 48 * (2048 * (4096 + 512 + 512) + 4096 * 2048 + 128 * 3 * 768 * 2048) * (4 + 16 / 128) / 8 / 1e9
     assert codes("learner.zero=2") - codes() == pytest.approx(whole)
     assert codes("learner.zero=2", "learner.backend=none") == codes()
+
+
+TWO = ("rollout.tensor_parallel=2", "rollout.replicas=4")
+
+
+def test_two_ranks_of_an_engine_hold_half_of_its_weights_each(composed):
+    one, two = composed(TARGET), composed(TARGET, *TWO)
+    assert engine_memory(two, shapes(two)).weights == pytest.approx(engine_memory(one, shapes(one)).weights / 2)
+    assert "engine: 4 x vllm, tensor parallel 2" in plan(two)
+
+
+def test_a_learner_of_two_engine_ranks_keeps_codes_of_summed_products_in_shares_too(composed):
+    def codes(*overrides):
+        config = composed(TARGET, "learner.zero=2", *overrides)
+        return learner_memory(config, shapes(config)).codes
+
+    summed = 48 * (4096 * 2048 + 128 * 768 * 2048) * (4 + 16 / 128) / 8 / 1e9
+    assert codes(*TWO) - codes() == pytest.approx(summed)
+
+
+@pytest.mark.parametrize(
+    "changes, why",
+    [
+        (("model.pocket.heads=3", "model.pocket.kv_heads=1"), "2 ranks cannot share num_attention_heads = 3"),
+        (("model.pocket.heads=6", "model.pocket.kv_heads=3"), "2 ranks cannot share num_key_value_heads = 3"),
+        (("model.pocket.intermediate_size=257",), "2 ranks cannot share intermediate_size = 257"),
+        (
+            ("model.pocket.intermediate_size=384", "model.pocket.heads=8", "rollout.format=w4a16"),
+            r"2 ranks take 192 of intermediate_size = 384 inputs each, which groups of 128 \(rollout.format=w4a16\)",
+        ),
+    ],
+)
+def test_a_model_that_two_ranks_cannot_share_is_refused(composed, changes, why):
+    with pytest.raises(ConfigError, match=f"rollout.tensor_parallel: {why}"):
+        plan(composed("recipe=quickstart", "rollout.tensor_parallel=2", *changes))
+
+
+def test_ranks_may_hold_the_same_key_and_value_head(composed):
+    assert "tensor parallel 2" in plan(
+        composed("recipe=quickstart", "rollout.tensor_parallel=2", "model.pocket.kv_heads=1")
+    )

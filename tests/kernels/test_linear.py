@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from qarl.formats import FORMATS
 from qarl.kernels.dispatch import backends, load
-from qarl.kernels.linear import Arithmetic, aligned_experts, aligned_linear, plain_experts
+from qarl.kernels.linear import (
+    Arithmetic,
+    aligned_expert_shards,
+    aligned_experts,
+    aligned_linear,
+    plain_arithmetic,
+    share_codes,
+)
 
 CASES = [
     (name, backend)
@@ -75,6 +85,69 @@ def test_gradient_is_that_of_a_linear_layer_on_the_grid(name: str, backend: str)
     torch.nn.functional.linear(x2, grid).backward(dy)
     torch.testing.assert_close(grad(x), grad(x2))
     torch.testing.assert_close(grad(weight), grad(grid))
+
+
+def halves(name: str, backend: str, weight: Tensor) -> list[tuple[slice, Any]]:
+    """Of the inputs, and the operand of each: codes of the whole weight, cut."""
+    how, found = arithmetic(name, backend), []
+    codes = how.quantize(weight)
+    for half in (slice(0, K // 2), slice(K // 2, K)):
+        mine = {}
+        for part, values in codes.items():
+            per = K // values.shape[-1]
+            mine[part] = values if per == K else values[..., half.start // per : half.stop // per].contiguous()
+        found.append((half, load(name, backend).prepare(mine, how.group, torch.float32)))
+    return found
+
+
+@pytest.mark.parametrize(("name", "backend"), CASES)
+@pytest.mark.parametrize("kept", [True, False])
+def test_two_shards_are_two_products_each_rounded_by_itself_and_summed(name: str, backend: str, kept: bool) -> None:
+    """As two ranks of an engine compute a layer whose inputs they share. Gradients are those of the whole layer."""
+    whole = arithmetic(name, backend)
+    how = replace(whole, shards=2)
+    x, weight, bias, dy = leaf(2, 5, K), leaf(N, K), leaf(N), torch.randn(2, 5, N)
+    y = aligned_linear(x, weight, bias, how, how.prepare(weight) if kept else None)
+    y.backward(dy)
+    product, flat = load(name, backend).product, x.detach().reshape(-1, K)
+    (first, one), (second, other) = halves(name, backend, weight)
+    expected = product(flat[:, first].contiguous(), one, bias.detach()) + product(flat[:, second].contiguous(), other)
+    assert torch.equal(y.detach().reshape(-1, N), expected)
+    if FORMATS[name].activation != "none":
+        assert not torch.equal(y, aligned_linear(x, weight, bias, whole))  # other scales of the inputs
+    x2, weight2, bias2 = (one.detach().clone().requires_grad_() for one in (x, weight, bias))
+    aligned_linear(x2, weight2, bias2, whole).backward(dy)
+    for ours, theirs in ((x, x2), (weight, weight2), (bias, bias2)):
+        assert torch.equal(grad(ours), grad(theirs))
+
+
+@pytest.mark.parametrize(("name", "backend"), CASES)
+def test_two_shards_of_experts_are_two_products_and_have_gradients_each(name: str, backend: str) -> None:
+    whole = arithmetic(name, backend)
+    how = replace(whole, shards=2)
+    x, weight, w = leaf(10, K), leaf(4, N, K), torch.rand(10, requires_grad=True)
+    offsets, dy = torch.tensor([3, 3, 4, 8]), torch.randn(2, 10, N)
+    shards = aligned_expert_shards(x, weight, offsets, how, how.prepare(weight), w)
+    for y, (half, operand) in zip(shards, halves(name, backend, weight), strict=True):
+        product = load(name, backend).grouped_product(x.detach()[:, half].contiguous(), operand, offsets, w.detach())
+        assert torch.equal(y, product)
+    torch.autograd.backward(shards, list(dy))
+    grid = how.dequantize(how.quantize(weight), torch.float32).requires_grad_()
+    x2, w2 = x.detach().clone().requires_grad_(), w.detach().clone().requires_grad_()
+    for half, gradient in zip((slice(0, K // 2), slice(K // 2, K)), dy, strict=True):
+        for expert, rows in ((0, slice(0, 3)), (2, slice(3, 4)), (3, slice(4, 8))):
+            y = w2[rows, None] * (x2[rows, half] @ grid[expert, :, half].t())
+            y.backward(gradient[rows], retain_graph=True)
+    torch.testing.assert_close(grad(x), grad(x2), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(grad(weight), grad(grid), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(grad(w)[:8], grad(w2)[:8], rtol=1e-4, atol=1e-4)
+
+
+def test_shards_that_would_cut_through_a_group_are_refused() -> None:
+    how = Arithmetic("w4a16", 128, "emulated", torch.float32, shards=2)
+    with pytest.raises(ValueError, match=r"2 shards of the inputs would cut through an entry of \['weight_scale'\]"):
+        how.prepare(torch.randn(8, 384))
+    assert len(share_codes(how.quantize(torch.randn(8, 512)), 2)) == 2
 
 
 @pytest.mark.parametrize(("name", "backend"), CASES)
@@ -317,7 +390,7 @@ def test_plain_experts_compute_what_their_definition_says(device, weighted):
     offsets = torch.tensor([2, 2, 6], dtype=torch.int32, device=device)
     learned = [t for t in (x, weight, weights) if t is not None]
     dy = torch.randn(6, 8, device=device).bfloat16()
-    y = plain_experts(x, weight, offsets, weights)
+    y = aligned_experts(x, weight, offsets, plain_arithmetic(x.dtype), None, weights)
     expected = torch.cat([x[:2] @ weight[0].T, x[2:] @ weight[2].T]) * (1 if weights is None else weights[:, None])
     torch.testing.assert_close(y.float(), expected.float(), rtol=0.02, atol=0.02)
     for ours, theirs in zip(
@@ -330,5 +403,7 @@ def test_router_weights_of_plain_experts_stay_float32(device):
     """As in vLLM, whose router's are; the product with a rounded row is rounded once."""
     x, weight = (torch.randn(shape, device=device).bfloat16() for shape in ((6, 16), (3, 8, 16)))
     weights, offsets = torch.rand(6, device=device), torch.tensor([2, 2, 6], dtype=torch.int32, device=device)
-    y = plain_experts(x, weight, offsets, weights)
-    assert torch.equal(y, (plain_experts(x, weight, offsets).float() * weights[:, None]).bfloat16())
+    y = aligned_experts(x, weight, offsets, plain_arithmetic(x.dtype), None, weights)
+    assert torch.equal(
+        y, (aligned_experts(x, weight, offsets, plain_arithmetic(x.dtype)).float() * weights[:, None]).bfloat16()
+    )

@@ -197,7 +197,7 @@ def served(config, inputs, bridge: Bridge, *requests: SyncRequest, dies_at: int 
     sampler.wait()
     for i, asked in enumerate(requests):
         if i == dies_at:
-            ray.get(sampler._engines[1].__ray_call__.remote(dies_while_it_loads))
+            ray.get(sampler._engines[1].ranks[0].__ray_call__.remote(dies_while_it_loads))
         published, reports = sampler.refill(asked)
         assert published.version == asked.version and published.n_bytes > 0
         assert [report.version for report in reports] == [asked.version] * 2
@@ -206,7 +206,7 @@ def served(config, inputs, bridge: Bridge, *requests: SyncRequest, dies_at: int 
     seeds = completion_seeds(0, "lines", 0, len(prompts), 2)
     said = sampler.generate(prompts, Sampling(temperature=1.0, max_tokens=20), seeds)
     for engine in sampler._engines:
-        ray.kill(engine)
+        engine.kill()
     return [c.tokens.tolist() for c in said]
 
 

@@ -1,7 +1,12 @@
 """Random models small enough for seconds, their weights published, and engines that serve them."""
 
 import copy
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Listener
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,10 +29,12 @@ from transformers import (
 )
 
 from qarl import formats
+from qarl.compressed import write_checkpoint
 from qarl.config import RolloutConfig
 from qarl.kernels.dispatch import load
 from qarl.records import WeightUpdate
 from qarl.rollout.engine import Engine, open_engine
+from qarl.rollout.vllm_settings import quantization_override
 from qarl.trainer.pocket import build_tokenizer
 from qarl.trainer.publish import model_update
 
@@ -53,12 +60,15 @@ def _config(kind: str, tokenizer) -> PreTrainedConfig:
         shape |= {"hidden_size": 256, "intermediate_size": 512, "head_dim": 128}
     if kind == "wide":
         return Qwen3Config(**shape, tie_word_embeddings=True)
-    if kind == "wide_moe":
+    if kind in ("wide_moe", "wide_moe_of_two"):  # the latter for two ranks: each has 128 inputs of w2
+        width = 128 if kind == "wide_moe" else 256
         return Qwen3MoeConfig(
-            **shape, tie_word_embeddings=False, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=128
+            **shape, tie_word_embeddings=False, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=width
         )
     if kind == "qwen3":
         return Qwen3Config(**shape, tie_word_embeddings=True)
+    if kind == "one_kv_head":
+        return LlamaConfig(**shape | {"num_key_value_heads": 1}, tie_word_embeddings=False)
     if kind == "llama":
         return LlamaConfig(**shape, tie_word_embeddings=False)
     if kind == "qwen2":  # has biases on q, k and v
@@ -128,6 +138,79 @@ def start(model_folder) -> Iterator[Callable[..., Engine]]:
     with patch("gc.collect"):  # vLLM collects twice an engine, a second each in a process as full as this one
         for engine in engines:
             engine.close()
+
+
+def export(model: PreTrainedModel, format: str, policy: Path, out: Path) -> Path:
+    """A checkpoint of the model in that format, beside the tokenizer of `policy`, as stock vLLM loads it."""
+    plain = out / "policy"
+    model.save_pretrained(plain)
+    for file in policy.glob("tokenizer*"):
+        (plain / file.name).write_bytes(file.read_bytes())
+    found = formats.get(format)
+    write_checkpoint(plain, out / "export", found, quantization_override(found))
+    return out / "export"
+
+
+@pytest.fixture(scope="session")
+def exported() -> Callable[..., Path]:
+    """See `export`."""
+    return export
+
+
+class Pair:
+    """Two processes, each a rank of one engine, that are asked together; see `rank.py`."""
+
+    def __init__(self, folder: Path) -> None:
+        listeners = [Listener(str(folder / f"rank{rank}")) for rank in range(2)]
+        self.processes = []
+        devices = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")
+        for rank, listener in enumerate(listeners):
+            environment = {**os.environ, "CUDA_VISIBLE_DEVICES": devices[rank % len(devices)]}
+            command = [sys.executable, str(Path(__file__).parent / "rank.py"), str(listener.address)]
+            self.processes.append(subprocess.Popen(command, env=environment))
+        self._connections = [listener.accept() for listener in listeners]
+
+    def open(self, how: str, config: RolloutConfig, path: Path, dtype: str) -> list[str]:
+        """An engine, `refilled` or `stock`; the contract of each rank."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            meeting = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+        arguments = {"config": config, "path": path, "dtype": dtype, "max_tokens": CONTEXT, "meeting": meeting}
+        return self._answers([(f"open_{how}", (), {**arguments, "rank": rank}) for rank in range(2)])
+
+    def __call__(self, name: str, *arguments: Any) -> list[Any]:
+        """Both ranks' answers. Raises what both raise; where one raises alone, it is an answer."""
+        return self._answers([(name, arguments, {})] * 2)
+
+    def one(self, rank: int, name: str, *arguments: Any) -> Any:
+        """One rank's answer. The other is not asked."""
+        self._connections[rank].send((name, arguments, {}))
+        return self._connections[rank].recv()
+
+    def _answers(self, asked: list[Any]) -> list[Any]:
+        for connection, message in zip(self._connections, asked, strict=True):
+            connection.send(message)
+        found = [connection.recv() for connection in self._connections]
+        if all(isinstance(answer, Exception) for answer in found):
+            raise ExceptionGroup("of both ranks", found)
+        return found
+
+    def close(self) -> None:
+        for connection in self._connections:
+            connection.close()
+        for process in self.processes:
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    made = Pair(tmp_path_factory.mktemp("pair"))
+    yield made
+    made.close()
 
 
 Reference = Callable[[PreTrainedModel, str, Tensor], Tensor]

@@ -38,41 +38,48 @@ def on_grid(model, format):
     return model
 
 
-def round_inputs(model, format):
-    """Inputs of covered linear layers put on their grid, straight through; for packed experts in the loop of transformers."""
+def round_inputs(model, format, ranks=1):
+    """Inputs of covered linear layers put on their grid, straight through; for packed experts in the loop of transformers. Those
+    of layers that an engine's ranks sum, in as many pieces."""
     module: Any = load(format.name, "emulated")
 
     def rounded(x):
         codes, scale = module.quantize_tokens(x.detach().reshape(-1, x.shape[-1]))
         return x + ((codes.float() * scale).reshape(x.shape) - x).detach()
 
+    def in_pieces(x):
+        return torch.cat([rounded(piece) for piece in x.chunk(ranks, -1)], -1)
+
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear) and format.covers(f"{name}.weight", tuple(layer.weight.shape)):
-            layer.register_forward_pre_hook(lambda _, inputs: (rounded(inputs[0]),))
+            how = in_pieces if name.endswith(("o_proj", "down_proj")) else rounded
+            layer.register_forward_pre_hook(lambda _, inputs, how=how: (how(inputs[0]),))
         elif hasattr(layer, "gate_up_proj") and isinstance(layer.gate_up_proj, nn.Parameter):
-            layer.forward = lambda x, index, weights, layer=layer: experts(layer, x, index, weights, rounded)
+            layer.forward = lambda x, index, weights, layer=layer: experts(layer, x, index, weights, rounded, in_pieces)
 
 
-def experts(layer, hidden, index, weights, rounded):
+def experts(layer, hidden, index, weights, rounded, in_pieces):
     """One token and one expert at a time."""
     rows = []
     for token in range(len(hidden)):
         row = torch.zeros(1, hidden.shape[1])
         for expert, weight in zip(index[token].tolist(), weights[token], strict=True):
             gate, up = (rounded(hidden[token : token + 1]) @ layer.gate_up_proj[expert].T).chunk(2, dim=-1)
-            row = row + weight * (rounded(layer.act_fn(gate) * up) @ layer.down_proj[expert].T)
+            row = row + weight * (in_pieces(layer.act_fn(gate) * up) @ layer.down_proj[expert].T)
         rows.append(row)
     return torch.cat(rows)
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
-@pytest.mark.parametrize("name", ["w8a8_int8", "w8a8_fp8", "w4a16_g32"])
-def test_aligned_model_equals_transformers_on_the_grid(models, kind, name):
+@pytest.mark.parametrize(
+    ("name", "ranks"), [("w8a8_int8", 1), ("w8a8_int8", 2), ("w8a8_fp8", 1), ("w8a8_fp8", 2), ("w4a16_g32", 1)]
+)
+def test_aligned_model_equals_transformers_on_the_grid(models, kind, name, ranks):
     format = get(name)
     model, reference = open_model(models[kind]), on_grid(open_model(models[kind]), format)
-    aligned = AlignedModel(model, format, "emulated", "cpu", torch.float32)
+    aligned = AlignedModel(model, format, "emulated", "cpu", torch.float32, ranks)
     if format.activation != "none":
-        round_inputs(reference, format)
+        round_inputs(reference, format, ranks)
     elif kind == "moe":
         reference.set_experts_implementation("eager")
     ours, theirs = logits(model), logits(reference)
