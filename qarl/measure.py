@@ -56,7 +56,7 @@ def sample_metrics(samples: Sequence[Sample], group: int) -> dict[str, float]:
         "length/truncated": float(np.mean([s.completion.finish == "length" for s in samples])),
         "tokens": lengths.sum(),
         **mismatch_statistics(old, sampler, sequence, len(samples)),
-        **error_token_metrics([s.completion.tokens for s in samples]),
+        **error_token_metrics([s.repetition for s in samples], [s.garbling for s in samples]),
     }
 
 

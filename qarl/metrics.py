@@ -69,7 +69,27 @@ METRICS = {
     "error_tokens/repetition_rate": Metric(
         "share", "tokens inside loops of repeated n-grams, mean over responses", ".1%"
     ),
-    "error_tokens/share": Metric("share", "responses of which more than half is such a loop", ".1%"),
+    "error_tokens/garbling_rate": Metric(
+        "share", "characters damaged or in a salad of scripts, mean over responses", ".1%"
+    ),
+    "error_tokens/share": Metric("share", "responses of which more than half is loops, or is garbled", ".1%"),
+    "error_tokens/ratio": Metric("ratio", "mean of current over published learner, of error responses", ".5f"),
+    "error_tokens/rest_ratio": Metric("ratio", "the same of the other responses", ".5f"),
+    "error_tokens/negative": Metric("share", "of units of error responses: A < 0", ".1%"),
+    "error_tokens/rest_negative": Metric("share", "of units of the other responses: A < 0", ".1%"),
+    "error_tokens/clip_positive_high": Metric(
+        "share", "of units of error responses: clipped, A > 0, ratio high", ".1%"
+    ),
+    "error_tokens/rest_clip_positive_high": Metric("share", "the same of the other responses", ".1%"),
+    "error_tokens/clip_negative_low": Metric("share", "of units of error responses: clipped, A < 0, ratio low", ".1%"),
+    "error_tokens/rest_clip_negative_low": Metric("share", "the same of the other responses", ".1%"),
+    "error_tokens/clip_negative_high": Metric(
+        "share", "of units of error responses: clipped, A < 0, ratio high", ".1%"
+    ),
+    "error_tokens/rest_clip_negative_high": Metric("share", "the same of the other responses", ".1%"),
+    "error_tokens/gradient": Metric(
+        "share", "of the policy term's gradient at the logits (L1 norm) that error responses have", ".1%"
+    ),
     "entropy": Metric("nats a token", "of the learner's distribution at response tokens", ".3f"),
     "grad_norm": Metric("1", "largest of the step's gradient norms, before clipping", ".3g"),
     "lr": Metric("1", "learning rate of the step's last update", ".2e"),
@@ -169,6 +189,8 @@ class Metrics:
                 "reward": float(sample.reward),
                 "tokens": len(sample.completion.tokens),
                 "finish": sample.completion.finish,
+                "repetition": sample.repetition,
+                "garbling": sample.garbling,
             }
             self._samples.append(step, {name: _ends(value) for name, value in text.items()} | about)
 

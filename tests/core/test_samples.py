@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
+from qarl.batching import pack
 from qarl.errors import SyncError
-from qarl.records import Completion
-from qarl.samples import check_version
+from qarl.records import Completion, Prompt
+from qarl.samples import check_version, to_samples
 
 
 def written_by(version: int) -> Completion:
@@ -16,3 +17,18 @@ def test_completions_of_another_version_than_is_published_are_refused():
     check_version([written_by(3), written_by(3)], 3)
     with pytest.raises(SyncError, match=r"version 3 is published, but completions were written by \[2\]"):
         check_version([written_by(3), written_by(2)], 3)
+
+
+def test_samples_carry_their_error_tokens():
+    texts = {"right": "1 + 2 = 3", "loop": "no " * 20, "garbage": "�" * 9}
+    completions = [
+        Completion(7, i, np.array([ord(c) for c in text], np.int32), np.zeros(len(text), np.float32), text, "stop", 0)
+        for i, text in enumerate(texts.values())
+    ]
+    prompt = Prompt(7, "question", np.zeros(2, np.int32), "3")
+    samples = to_samples([prompt], completions, np.array([1.0, 0.0, 0.0]), "grpo")
+    assert [s.is_error for s in samples] == [False, True, True]
+    assert [(s.repetition, s.garbling) for s in samples] == [(0, 0), (1, 0), (1, 1)]
+    (micro,) = pack(samples, ranks=1, tokens=200).ranks[0]
+    assert micro.errors is not None and sorted(micro.errors.tolist()) == [False, True, True]
+    assert micro.errors[micro.advantages > 0].tolist() == [False]
