@@ -31,6 +31,7 @@ SUMS = {
     "correction_high": "units whose mismatch weight exceeded the cap",
     "correction_low": "units whose mismatch weight fell under the floor",
     "kl": "sum over tokens of the KL estimate, nats; 0 without a reference",
+    "kl_step": "sum over tokens of the k3 estimate of KL(published || current learner), nats",
     "entropy": "sum over tokens of the entropy, nats; 0 where none was given",
     "gradient": "sum over tokens of the L1 norm of the policy term's gradient at their logits: `logit_gradient`",
     "error_gradient": "what of it is that of error responses; the others below are likewise parts of those above",
@@ -114,7 +115,15 @@ def surrogate(
     divergence = (logprobs_T - logprobs_T).detach()  # 0, or NaN: clamps hide an infinity, from the gradient too
     loss = (logprobs_T * divergence - weights * terms).sum()
 
-    sums = {"loss": loss, "dropped": (~valid_B).sum(), "kl": kl.sum(), "entropy": entropy.sum()}
+    # Schulman's k3 once more, the other way round: the tokens are the published learner's, as far as there is no mismatch.
+    kl_step = kl_estimate(old, logprobs_T, "k3")
+    sums = {
+        "loss": loss,
+        "dropped": (~valid_B).sum(),
+        "kl": kl.sum(),
+        "kl_step": kl_step.sum(),
+        "entropy": entropy.sum(),
+    }
     error = torch.zeros_like(valid) if errors is None else errors[sequence]
     sums |= _unit_sums(ratio, low, high, advantages_T, correction, sequence, valid_B, objective, error)
     gradient = logit_gradient(pull, logprobs_T, sequence, n_sequences, objective)
@@ -197,6 +206,7 @@ def finalize(sums: Mapping[str, float]) -> dict[str, float]:
         "objective/ratio_mean": share("ratio", "units"),
         "objective/ratio_max": sums["ratio_max"],
         "objective/kl": share("kl", "tokens"),
+        "objective/kl_step": share("kl_step", "tokens"),
         "objective/dropped_sequences": sums["dropped"],
         "entropy": share("entropy", "tokens"),
         "error_tokens/gradient": share("error_gradient", "gradient"),

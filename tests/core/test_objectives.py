@@ -522,6 +522,7 @@ def test_statistics_count_units_by_sign_and_side(level):
         "correction_low": 1 * units,
         "kl": 0,
         "entropy": 14,
+        "kl_step": 2 * sum(r - 1 - math.log(r) for r in (1.5, 0.5, 1.3, 1.4, 1.2, 0.5, 0.7)),
         "gradient": (1 - 0.5 * math.exp(-2)) / 7,  # the second response alone got through: 2 tokens, 0.5/14 on each
         **{key: 0 for key in SUMS if key.startswith("error_")},
     }

@@ -1,8 +1,12 @@
 """Completions that the learner may take."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 
+from qarl.advantages import advantages
 from qarl.batching import pack
 from qarl.errors import SyncError
 from qarl.records import Completion, Prompt
@@ -32,3 +36,16 @@ def test_samples_carry_their_error_tokens():
     (micro,) = pack(samples, ranks=1, tokens=200).ranks[0]
     assert micro.errors is not None and sorted(micro.errors.tolist()) == [False, True, True]
     assert micro.errors[micro.advantages > 0].tolist() == [False]
+
+
+def test_a_reward_that_is_left_out_gives_no_advantage_and_changes_no_other():
+    completions = [replace(written_by(0), prompt=prompt) for prompt in (1, 1, 1, 1, 2, 2, 2, 2)]
+    prompts = [Prompt(i, "", np.zeros(1, np.int32), "") for i in (1, 2)]
+    rewards, left_out = np.array([1.0, 0, 0, 1, 0, 1, 0, 0]), np.array([0, 0, 1, 0, 0, 0, 0, 0], bool)
+    found = [s.advantage for s in to_samples(prompts, completions, rewards, "grpo", left_out)]
+    first, second = advantages(torch.tensor([[1.0, 0, 1]]), "grpo"), advantages(torch.tensor([[0.0, 1, 0, 0]]), "grpo")
+    assert found == [*first[0, :2].tolist(), 0.0, first[0, 2].item(), *second[0].tolist()]
+    counted = [s.advantage for s in to_samples(prompts, completions, rewards, "grpo")]
+    assert counted[2] < 0 and counted[0] > found[0] and counted[4:] == found[4:]
+    none_known = to_samples(prompts, completions, rewards, "rloo", np.ones(8, bool))
+    assert {s.advantage for s in none_known} == {0.0}
