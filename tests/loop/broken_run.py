@@ -12,13 +12,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from qarl import actors, loop
-from qarl.cli import launch
-from qarl.config import RewardConfig
-from qarl.rewards import Rewarder
-from qarl.scoring import SCORES
-from qarl.train import train
-
 Tensors = Mapping[str, Mapping[str, Any]]
 TENSOR = "model.layers.1.mlp.down_proj"
 
@@ -45,29 +38,48 @@ def router(tensors: Tensors, version: int | None) -> Tensors:
 def hangs(response: str, answer: str, extras: Mapping[str, object]) -> float:
     if extras and sum(character.isdigit() for character in response) % 2:
         time.sleep(60)
+    from qarl.scoring import SCORES
+
     return SCORES["reasoning_gym"](response, answer, extras)
 
 
 WEIGHTS: dict[str, Callable[[Tensors, int | None], Tensors]] = {"stale": stale, "scale": scale, "router": router}
-FAULT = sys.argv.pop(1) if __name__ == "__main__" else "none"
 
 
-class BrokenEngine(actors._EngineActor):
-    def start(self, arguments: dict[str, Any], rank: int, meeting: str) -> str:
-        contract = super().start(arguments, rank, meeting)
-        engine: Any = self._engine
-        load = engine._load
-        engine._load = lambda tensors: load(WEIGHTS[FAULT](tensors, engine.version))
-        return contract
+def break_engines(fault: Callable[[Tensors, int | None], Tensors]) -> None:
+    """From now on they load what `fault` makes of what arrived."""
+    from qarl import actors
+
+    class BrokenEngine(actors._EngineActor):
+        def start(self, arguments: dict[str, Any], rank: int, meeting: str) -> str:
+            contract = super().start(arguments, rank, meeting)
+            engine: Any = self._engine
+            load = engine._load
+            engine._load = lambda tensors: load(fault(tensors, engine.version))
+            return contract
+
+    actors._EngineActor = BrokenEngine  # type: ignore[misc]
 
 
-def hanging_rewarder(config: RewardConfig) -> Rewarder:
-    return Rewarder(config, hangs)
+def break_rewards() -> None:
+    from functools import partial
+
+    from qarl import loop
+
+    loop.Rewarder = partial(loop.Rewarder, score=hangs)  # type: ignore[misc,assignment]
 
 
-if __name__ == "__main__":
-    if FAULT in WEIGHTS:
-        actors._EngineActor = BrokenEngine  # type: ignore[misc]
-    elif FAULT == "timeout":
-        loop.Rewarder = hanging_rewarder  # type: ignore[misc,assignment]
+def main() -> None:
+    from qarl.cli import launch
+    from qarl.train import train
+
+    fault = sys.argv.pop(1)
+    if fault in WEIGHTS:
+        break_engines(WEIGHTS[fault])
+    elif fault == "timeout":
+        break_rewards()
     launch(train, "train")
+
+
+if __name__ == "__main__":  # workers of rewards import this file too: what it needs is imported late
+    main()

@@ -1,7 +1,9 @@
 """Runs that are broken on purpose: each is seen at the level it ought to be, and a healthy one under the same limits is not.
 
 Where the weights are wrong the proof of each sync is off (`sync.tiles=0 sync.canaries=0`): on, it ends the run before a token is
-written (`tests/rollout/test_pitfalls.py`), and the guard is for what a proof does not see.
+written (`tests/rollout/test_pitfalls.py`), and the guard is for what a proof does not see. The limit of the mismatch lies
+between a healthy run (3e-4 nats a token, where a code falls to the other side) and a router of four bits (4e-3), the mildest
+of these faults.
 """
 
 from pathlib import Path
@@ -14,9 +16,9 @@ from qarl.guard import WATCHES
 
 SCRIPT = str(Path(__file__).with_name("broken_run.py"))
 UNPROVED = ("sync.tiles=0", "sync.canaries=0")
-LIMITS = ("guard.correct.mismatch=0.02", "guard.correct.kl=0.1", "guard.correct.timeouts=0.2")
+LIMITS = ("guard.correct.mismatch=0.002", "guard.correct.kl=0.1", "guard.correct.timeouts=0.2")
 STOPS = (
-    "guard.stop.mismatch=0.02",
+    "guard.stop.mismatch=0.002",
     "guard.stop.kl=0.1",
     "guard.stop.timeouts=0.2",
     "guard.stop.error_share=0.5",
@@ -77,7 +79,9 @@ def test_a_wrong_scale_stops_the_run_after_patience(broken):
     done, rows, folder = broken("scale", "scale", *UNPROVED, *STOPS, "guard.patience=2")
     assert_stopped(done, folder, 2)
     assert_said(done, "mismatch", "DivergenceError: step 1: mismatch/mean_abs was ")
-    assert len(rows) == 2 and all(row["mismatch/mean_abs"] > 0.02 and row["guard/skipped_updates"] == 0 for row in rows)
+    assert len(rows) == 2 and all(
+        row["mismatch/mean_abs"] > 0.002 and row["guard/skipped_updates"] == 0 for row in rows
+    )
 
 
 def test_a_quantized_router_is_not_learnt_from(broken):
@@ -91,7 +95,7 @@ def test_a_quantized_router_is_not_learnt_from(broken):
 
 
 def test_a_quantized_router_is_refused_by_the_canaries_where_they_are_on(broken):
-    done, rows, _ = broken("router", "router_proved", "sync.canary_tolerance=0.01", *EXPERTS)
+    done, rows, _ = broken("router", "router_proved", "sync.canary_tolerance=0.002", *EXPERTS)
     assert done.returncode == 1 and rows == []
     assert "SyncError: version 0: on 4 canaries engine and learner differ by " in done.stderr
 
@@ -113,5 +117,7 @@ def test_rewards_that_time_out_are_left_out_and_not_counted_as_wrong(broken):
     done, rows, _ = broken("timeout", "timeout", *LIMITS, "reward.timeout_s=1", "steps=2", "evaluation.prompts=1")
     assert done.returncode == 0
     assert_said(done, "timeouts", "step 0: reward/timeout_share is ")
-    assert all(row["guard/left_out"] == row["reward/timeouts"] > 16 * 0.2 for row in rows[:-1])
+    assert all(
+        row["guard/left_out"] == row["reward/timeouts"] > 16 * 0.2 and row["reward/timeouts"] < 16 for row in rows[:-1]
+    )
     assert all(row["guard/skipped_updates"] == 0 for row in rows[:-1])
