@@ -93,12 +93,11 @@ def main() -> None:
     formats = arguments.formats or (CPU_FORMATS if gpus == [None] else FORMATS)
     cases = [(name, format) for name in reversed(models) for format in formats]
     with ThreadPoolExecutor(arguments.parallel * len(gpus)) as pool:
-        rows = list(
-            pool.map(
-                lambda case: do(*case[1], folders[case[1][0]], work, gpus[case[0] % len(gpus)], arguments.limit),
-                enumerate(cases),
-            )
-        )
+        jobs = [
+            pool.submit(do, name, format, folders[name], work, gpus[i % len(gpus)], arguments.limit)
+            for i, (name, format) in enumerate(cases)
+        ]
+        rows = [job.result() for job in jobs]
     for row in rows:
         judge(row)
     columns = {"model": "", "format": "", "done": "d", "same": "d", "of": "d", "gap": ".1e", "spread": ".1e"}
