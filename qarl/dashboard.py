@@ -64,8 +64,8 @@ OVERVIEW = Section(
             "Spread of rewards",
             "Reward of the step's responses. No spread: nothing to learn from.",
             (
-                Line("reward/max", "highest", "peak"),
                 Line("reward/std", "standard deviation", "smooth"),
+                Line("reward/max", "highest", "peak"),
                 Line("reward/min", "lowest"),
             ),
         ),
@@ -83,7 +83,7 @@ OVERVIEW = Section(
         Chart(
             "Response length",
             "Tokens. Healthy: below the limit of rollout.sampling.max_tokens.",
-            (Line("length/max", "longest", "peak"), Line("length/mean", "mean")),
+            (Line("length/mean", "mean"), Line("length/max", "longest", "peak")),
         ),
         Chart(
             "Gradient norm",
@@ -120,7 +120,7 @@ MISMATCH = Section(
         Chart(
             "Mismatch",
             "|learner − sampler| log-prob of the sampled tokens, nats; log axis. Flat is good.",
-            (Line("mismatch/max_abs", "largest", "peak"), Line("mismatch/mean_abs", "mean")),
+            (Line("mismatch/mean_abs", "mean"), Line("mismatch/max_abs", "largest", "peak")),
             "log",
         ),
         Chart(
@@ -176,7 +176,7 @@ CLIPPING = Section(
         Chart(
             "Ratio of the updates",
             "Current over published learner, before clipping. The mean stays near 1.",
-            (Line("objective/ratio_max", "largest", "peak"), Line("objective/ratio_mean", "mean")),
+            (Line("objective/ratio_mean", "mean"), Line("objective/ratio_max", "largest", "peak")),
         ),
     ),
 )

@@ -314,6 +314,22 @@ def test_a_run_that_starts_again_in_its_folder_keeps_its_wandb_id(tmp_path: Path
     assert len(set(seen[:3])) == 1 and seen[3] != seen[0]
 
 
+def test_an_online_run_asks_wandb_to_continue_the_run_of_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: list[dict[str, Any]] = []
+
+    def init(**settings: Any) -> Running:
+        asked.append(settings)
+        return Running()
+
+    monkeypatch.setattr("wandb.init", init)
+    monkeypatch.setattr("qarl.wandb_run.save_workspace", lambda *_: None)
+    for first_step in (0, 3):
+        with Metrics.open(tmp_path, ONLINE, first_step):
+            pass
+    run_id = (tmp_path / "wandb_id").read_text().strip()
+    assert [(a["id"], a["resume"], a["mode"]) for a in asked] == [(run_id, "allow", "online")] * 2
+
+
 def test_disabled_wandb_is_not_even_imported(tmp_path: Path):
     code = RUN_WANDB + "\nassert 'wandb' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, str(tmp_path), "disabled", "0"], check=True, timeout=60)
