@@ -23,8 +23,9 @@ SAMPLES_EVERY = 10
 class WandbRun:
     """A W&B run that can never end ours: what goes wrong is said once, loudly, and `metrics.jsonl` has everything.
 
-    Its id stays in `run_dir/wandb_id`. Offline runs lie in `run_dir/wandb`; `wandb sync --append` joins the folders of
-    a resumed run, which share the id. Where steps are done again, W&B keeps the first values it saw.
+    Its id stays in `run_dir/wandb_id`. Offline runs lie in `run_dir/wandb`; `wandb sync` (0.31 and later) joins the
+    folders of a resumed run, which share the id, in order of their start. Where steps are done again, W&B keeps the
+    first values it saw.
     """
 
     def __init__(self, run_dir: Path, config: RunConfig, console: Console) -> None:
@@ -91,7 +92,7 @@ class WandbRun:
                 self._say(f"could not finish: {error}")
         if self._run is not None and self._mode == "offline":
             self._console.print(
-                f"W&B: `wandb sync --append {self._dir}/wandb/offline-run-*` uploads the run, "
+                f"W&B: `wandb sync {self._dir}/wandb/offline-run-*` uploads the run, "
                 f"then `python -m qarl.workspace {self._dir}` makes its panels",
                 markup=False,
                 soft_wrap=True,

@@ -212,13 +212,16 @@ def test_offline_wandb_writes_into_the_run_folder_uses_no_network_and_keeps_its_
         assert done.returncode == 0, done.stderr
         told = done.stderr.strip().splitlines()
         assert told == [
-            f"W&B: `wandb sync --append {tmp_path}/wandb/offline-run-*` uploads the run, "
+            f"W&B: `wandb sync {tmp_path}/wandb/offline-run-*` uploads the run, "
             f"then `python -m qarl.workspace {tmp_path}` makes its panels"
         ]
     run_id = (tmp_path / "wandb_id").read_text().strip()
     files = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
     assert [file.name for file in files] == [f"run-{run_id}.wandb"] * 2
     assert all(b"grad_norm" in file.read_bytes() for file in files)
+    folders = [str(folder) for folder in tmp_path.glob("wandb/offline-run-*")]
+    sync = subprocess.run(["wandb", "sync", "--dry-run", *folders], capture_output=True, text=True, timeout=60)
+    assert "Would sync 2 run(s)" in sync.stderr + sync.stdout, "the command that is told knows these folders"
     (table,) = tmp_path.glob("wandb/offline-run-*/files/media/table/*.table.json")
     table = json.loads(table.read_text())
     assert dict(zip(table["columns"], table["data"][0], strict=True)) == {
