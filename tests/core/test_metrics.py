@@ -198,11 +198,14 @@ with metrics.Metrics.open(pathlib.Path(sys.argv[1]), config, int(sys.argv[3])) a
 """
 
 
-def run_wandb(run_dir: Path, mode: str, first_step: int, url: str) -> subprocess.CompletedProcess[str]:
+def wandb_env(url: str) -> dict[str, str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    env = clean | {"WANDB_BASE_URL": url, "WANDB_API_KEY": "0" * 40}
+    return clean | {"WANDB_BASE_URL": url, "WANDB_API_KEY": "0" * 40}
+
+
+def run_wandb(run_dir: Path, mode: str, first_step: int, url: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", RUN_WANDB, str(run_dir), mode, str(first_step)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, cwd=run_dir)
+    return subprocess.run(command, env=wandb_env(url), capture_output=True, text=True, timeout=120, cwd=run_dir)
 
 
 def test_offline_wandb_writes_into_the_run_folder_uses_no_network_and_keeps_its_id(tmp_path: Path):
@@ -220,7 +223,8 @@ def test_offline_wandb_writes_into_the_run_folder_uses_no_network_and_keeps_its_
     assert [file.name for file in files] == [f"run-{run_id}.wandb"] * 2
     assert all(b"grad_norm" in file.read_bytes() for file in files)
     folders = [str(folder) for folder in tmp_path.glob("wandb/offline-run-*")]
-    sync = subprocess.run(["wandb", "sync", "--dry-run", *folders], capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-m", "wandb", "sync", "--dry-run", *folders]
+    sync = subprocess.run(command, env=wandb_env(url), capture_output=True, text=True, timeout=60)
     assert "Would sync 2 run(s)" in sync.stderr + sync.stdout, "the command that is told knows these folders"
     (table,) = tmp_path.glob("wandb/offline-run-*/files/media/table/*.table.json")
     table = json.loads(table.read_text())
