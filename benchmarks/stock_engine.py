@@ -16,6 +16,7 @@ import torch
 from qarl.formats import QuantFormat
 from qarl.records import Completion, Prompt, Sampling
 from qarl.rollout import patches
+from qarl.rollout.text import Text
 from qarl.rollout.vllm_settings import ENVIRONMENT, gpu_settings
 
 MAX_SEQUENCES = 32
@@ -33,6 +34,7 @@ class StockEngine:
         from vllm import LLM
 
         patches.apply()
+        self.eos = Text(folder).eos
         on_gpu = torch.cuda.is_available()
         settings = gpu_settings(format, MAX_SEQUENCES, MOST_TOKENS) if on_gpu else {"enforce_eager": True}
         self.llm = LLM(
@@ -55,7 +57,14 @@ class StockEngine:
 
         asked = [(p, n, int(seed)) for p, row in zip(prompts, seeds, strict=True) for n, seed in enumerate(row)]
         params = [
-            SamplingParams(temperature=1.0, seed=seed, max_tokens=sampling.max_tokens, logprobs=0, detokenize=False)
+            SamplingParams(
+                temperature=sampling.temperature,
+                seed=seed,
+                max_tokens=sampling.max_tokens,
+                stop_token_ids=sorted(self.eos),
+                logprobs=0,
+                detokenize=False,
+            )
             for *_, seed in asked
         ]
         inputs: Any = [{"prompt_token_ids": p.tokens.tolist()} for p, *_ in asked]

@@ -541,6 +541,6 @@ class RunConfig:
         )
         _require(
             mode == "split" or engines <= ranks,
-            f"rollout.replicas: {engines} colocated engine GPUs (rollout.replicas x rollout.tensor_parallel), but each is shared with "
-            f"a rank of the learner, and learner.ranks is {ranks}",
+            f"rollout.replicas: {engines} colocated engine GPUs (rollout.replicas x rollout.tensor_parallel), but each is "
+            f"shared with a rank of the learner, and learner.ranks is {ranks}",
         )

@@ -174,6 +174,21 @@ def test_scores_are_the_log_probs_of_generation(rig: Rig):
     assert errors.mean() < 0.02 and np.isfinite(errors).all()
 
 
+def test_canaries_are_recorded_once_and_score_what_vllm_scores_without_a_graph(rig: Rig):
+    """Three policies, the same canaries: a graph that kept anything of the first policy's forward would score that one."""
+    canaries = [np.random.default_rng(i).integers(5, 90, n).astype(np.int32) for i, n in enumerate((30, 7, 61))]
+    first = rig.engine._replay.captures
+    scored = []
+    for seed in (1, 2, 1):
+        rig.refill(seed)
+        replayed = np.concatenate(rig.engine._score_canaries(canaries))
+        np.testing.assert_allclose(replayed, np.concatenate(rig.engine.score(canaries, [1] * 3)), atol=2e-3)
+        scored.append(replayed)
+    assert rig.engine._replay.captures == first + 1
+    assert np.abs(scored[0] - scored[1]).mean() > 0.1
+    np.testing.assert_allclose(scored[2], scored[0], atol=2e-3)
+
+
 def test_log_probs_are_those_of_the_published_policy(rig: Rig, reference_logits):
     """In float32 on the CPU, weights and inputs of linear layers rounded. Another policy is off by more than a nat."""
     rig.refill(1)

@@ -1,0 +1,111 @@
+"""What a refilled engine serves beside a fresh one on the exported checkpoint: `python -m benchmarks.served`.
+
+One engine is refilled three times with other weights, CUDA graphs on. Each policy is exported too, and vLLM's own front end loads
+that checkpoint from its files. Both write greedy completions of the same prompts and score those of the refilled engine. Greedy
+tokens are to be equal, and log-probs as close as either engine is to itself when asked the same again (`spread`). Four layers of
+Qwen3-8B's and Qwen3-30B-A3B's widths, random weights; written to `results/served_h200.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import record
+from benchmarks.alignment_gpu import CPU_FORMATS, ENVIRONMENT, FORMATS, is_wanted
+from benchmarks.random_models import NAMES, make_model
+
+REFILLS = 3
+
+
+def do(model: str, format: str, folders: list[Path], work: Path, gpu: int | None, limit: float) -> dict[str, Any]:
+    """Run one job on that GPU; its record, or as far as it got, with the end of its log where it failed."""
+    out, log = work / f"{model}-{format}.json", work / f"{model}-{format}.log"
+    out.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "benchmarks.served_job", format, str(out), *map(str, folders)]
+    environment = {**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": "2"}
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    started = time.monotonic()
+    row: dict[str, Any] = {"model": model, "format": format}
+    with log.open("w") as stream:
+        try:
+            status: int | None = subprocess.run(
+                command, stdout=stream, stderr=stream, env=environment, timeout=limit
+            ).returncode
+        except subprocess.TimeoutExpired:
+            status = None
+    if out.exists():
+        row |= json.loads(out.read_text())
+    if status != 0:
+        row["error"] = f"{'killed' if status is None else f'ended with status {status}'}; {log.read_text()[-1500:]}"
+    print(f"{model} {format}: {time.monotonic() - started:.0f} s, status {status}", file=sys.stderr, flush=True)
+    return row
+
+
+def judge(row: dict[str, Any]) -> None:
+    """Adds the worst of a job's refills."""
+    refills = row.get("refills", [])
+    row["done"] = len(refills)
+    if not refills:
+        return
+    row["same"] = sum(r["same_sequences"] for r in refills)
+    row["of"] = sum(r["sequences"] for r in refills)
+    row["gap"] = max(max(r["gap_scores"], r["gap_drawn"] or 0.0) for r in refills)
+    row["spread"] = max(max(r["spread_refilled"], r["spread_fresh"]) for r in refills)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", help="part of the names of models to measure; all, where none is given")
+    parser.add_argument("--formats", nargs="*", choices=FORMATS, help="all of this device, where none is given")
+    parser.add_argument("--tiny", action="store_true", help="narrow models, for a CPU")
+    parser.add_argument("--parallel", type=int, default=5, help="jobs at a time on each GPU")
+    parser.add_argument("--limit", type=float, default=300, help="seconds of one job, then it is killed")
+    parser.add_argument("--work", type=Path, help="folder for models, records and logs")
+    arguments = parser.parse_args()
+    work = arguments.work or Path(tempfile.mkdtemp(prefix="served-"))
+    work.mkdir(parents=True, exist_ok=True)
+    gpus: list[int | None] = list(range(torch.cuda.device_count())) or [None]
+    models = [name for name in NAMES if is_wanted(name, arguments.models)]
+    folders = {name: [work / f"{name}-{seed}" for seed in range(REFILLS)] for name in models}
+    for name in models:
+        for seed, folder in enumerate(folders[name]):
+            if not folder.exists():
+                make_model(name, folder, arguments.tiny, seed)
+    torch.cuda.empty_cache()
+    formats = arguments.formats or (CPU_FORMATS if gpus == [None] else FORMATS)
+    cases = [(name, format) for name in reversed(models) for format in formats]
+    with ThreadPoolExecutor(arguments.parallel * len(gpus)) as pool:
+        rows = list(
+            pool.map(
+                lambda case: do(*case[1], folders[case[1][0]], work, gpus[case[0] % len(gpus)], arguments.limit),
+                enumerate(cases),
+            )
+        )
+    for row in rows:
+        judge(row)
+    columns = {"model": "", "format": "", "done": "d", "same": "d", "of": "d", "gap": ".1e", "spread": ".1e"}
+    print(record.table(rows, columns))
+    for row in rows:
+        if "error" in row:
+            print(f"{row['model']} {row['format']}: {row['error']}")
+    if arguments.tiny:
+        print("written to", record.write_file(work / "served_tiny.json", rows))
+    else:
+        name = "h200" if gpus != [None] and "H200" in torch.cuda.get_device_name() else "gpu"
+        print("written to", record.write(f"served_{name}", rows))
+
+
+if __name__ == "__main__":
+    main()
