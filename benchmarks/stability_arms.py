@@ -56,6 +56,26 @@ OF_MODEL: dict[str, tuple[str, ...]] = {
 }
 """What all arms of a model are given."""
 
+SMOKE = (
+    *(
+        "model.dtype=float32",
+        "model.max_tokens=1024",
+        "rollout.engine=torch",
+        "placement.gpus=0",
+        "rollout.kv_cache_gb=0.2",
+    ),
+    *(
+        "learner.zero=0",
+        "learner.tokens=2048",
+        "steps=2",
+        "algorithm.prompts=2",
+        "algorithm.group=4",
+        "algorithm.mini_batches=2",
+    ),
+    *("rollout.sampling.max_tokens=64", "evaluation.prompts=4", "evaluation.n=1", "sync.canary_tolerance=0.5"),
+)
+"""What all runs of `run --smoke` are given: the whole path on a CPU in minutes."""
+
 OBJECTIVES: dict[str, tuple[str, ...]] = {
     "tbpo": (),
     "gspo": ("algorithm.objective.bounds.negative_high=null", "algorithm.objective.correction.kind=none"),

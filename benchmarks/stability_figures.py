@@ -29,6 +29,8 @@ COLUMNS = {
     "last": ".3f",
     "spread": ".3f",
     "points": "+.1f",
+    "policy_bf16": ".3f",
+    "policy_served": ".3f",
     "mismatch": ".1e",
     "k3": ".1e",
     "entropy": ".3f",
@@ -86,13 +88,16 @@ def _conclude(model: str, arm: str, rows: list[dict[str, Any]], baseline: list[d
     theirs = {row["seed"]: _measured(row, "accuracy/heldout")[-1] for row in baseline}
     lost = [value - theirs[row["seed"]] for value, row in zip(last, rows, strict=True) if row["seed"] in theirs]
     seconds, base = (
-        np.median(np.concatenate([step_seconds(r)[2:-1] for r in g])) if g else None for g in (rows, baseline)
+        np.median(np.concatenate([step_seconds(r)[1:-1] for r in g])) if g else None for g in (rows, baseline)
     )
     times = [reached(row, REACHED) for row in rows]
 
     def mean(metric: str) -> float | None:
         values = [v for row in rows for v in _measured(row, metric)]
         return float(np.mean(values)) if values else None
+
+    policies = [row["policy"] for row in rows if "policy" in row]
+    served = ARMS[arm].format
 
     return {
         "model": model,
@@ -102,6 +107,8 @@ def _conclude(model: str, arm: str, rows: list[dict[str, Any]], baseline: list[d
         "last": float(last.mean()),
         "spread": float(last.std(ddof=1)) if len(last) > 1 else None,
         "points": 100 * float(np.mean(lost)) if lost else None,
+        "policy_bf16": float(np.mean([p["bf16"] for p in policies])) if policies else None,
+        "policy_served": float(np.mean([p[served] for p in policies])) if policies else None,
         "mismatch": mean("mismatch/mean_abs"),
         "k3": mean("mismatch/k3"),
         "entropy": float(np.mean([_measured(row, "entropy")[-1] for row in rows])),

@@ -94,8 +94,9 @@ def warm(name: str, work: Path, target: float, every: int, gguf: str) -> dict[st
     return {"model": name, "weights": weights, "steps": step, "loss": loss, "seconds": time.perf_counter() - started}
 
 
-def chances(folder: Path, data: Path) -> dict[str, float]:
-    """Format -> chance of the saved model on the held-out questions, as the learner computes them aligned to that format.
+def chances(folder: Path, data: Path, names: Sequence[str] = FORMATS) -> dict[str, float]:
+    """Format -> chance of the saved model on the held-out questions, as the learner computes them aligned to that format, at `bf16`
+    by transformers' own ops.
 
     On a CPU in float32. A format that this machine or model cannot do is left out, and said.
     """
@@ -103,7 +104,7 @@ def chances(folder: Path, data: Path) -> dict[str, float]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     tokenizer, pairs = AutoTokenizer.from_pretrained(folder), _pairs(data / "heldout.jsonl")
     found = {}
-    for name in FORMATS:
+    for name in names:
         model: Any = load_model(folder, dtype)
         model.to(device).eval()
         try:

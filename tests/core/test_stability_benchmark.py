@@ -7,13 +7,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from benchmarks import stability
-from benchmarks.stability import Rows, run
 from benchmarks.stability_arms import ARMS, BASELINE, TABLE, Arm, Job, schedule
 from benchmarks.stability_figures import conclude, draw, reached, series, step_seconds
 from benchmarks.stability_models import worked
+from benchmarks.stability_runs import Command, Rows, run
 from qarl.build import to_mapping
 from qarl.errors import ConfigError
 
@@ -127,7 +128,7 @@ sys.exit(code)
 """
 
 
-def fake(work: Path, seconds: dict[str, float] | None = None, codes: dict[str, int] | None = None) -> stability.Command:
+def fake(work: Path, seconds: dict[str, float] | None = None, codes: dict[str, int] | None = None) -> Command:
     """Runs that log one step, then sleep and exit as told; remembers what was started."""
 
     def command(job: Job, overrides: tuple[str, ...]) -> list[str]:
@@ -151,7 +152,12 @@ def states(file: Path) -> dict[str, tuple[str, int]]:
 def test_a_row_is_on_the_disk_as_soon_as_its_run_ends(tmp_path, monkeypatch):
     out, written = tmp_path / "out.json", []
     put = Rows.put
-    monkeypatch.setattr(Rows, "put", lambda self, row: (put(self, row), written.append(states(out)))[0])
+
+    def watched(self: Rows, row: dict[str, Any]) -> None:
+        put(self, row)
+        written.append(states(out))
+
+    monkeypatch.setattr(Rows, "put", watched)
     run(JOBS, Rows(out), tmp_path, ["", ""], math.inf, fake(tmp_path))
     assert [len(seen) for seen in written] == [1, 2, 3]
     rows = json.loads(out.read_text())["rows"]
@@ -255,11 +261,16 @@ def test_a_figure_for_each_model_with_a_line_an_arm(tmp_path, monkeypatch):
 
     kept: list[Figure] = []
     save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (kept.append(self), save(self, *a, **k))[1])
+
+    def watched(self: Figure, *arguments: Any, **options: Any) -> None:
+        kept.append(self)
+        save(self, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", watched)
     written = draw(ROWS, tmp_path / "result.json")
     assert [file.name for file in written] == ["result_dense.png"] and written[0].stat().st_size > 10_000
     accuracy = kept[0].axes[0]
-    assert {line.get_label(): line.get_ydata().tolist() for line in accuracy.lines} == {
+    assert {line.get_label(): list(np.asarray(line.get_ydata())) for line in accuracy.lines} == {
         ARMS[BASELINE].label: pytest.approx([0.3, 0.45, 0.7]),
         ARMS["w4a16-bf16-gspo"].label: pytest.approx([0.2, 0.4, 0.55]),
     }
