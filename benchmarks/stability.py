@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -43,7 +44,7 @@ def _warm(arguments: argparse.Namespace) -> None:
 
     rows = []
     for name in arguments.models:
-        found = warm(name, arguments.work, arguments.target, arguments.every, arguments.gguf)
+        found = warm(name, arguments.work, arguments.target, arguments.every, arguments.limit, arguments.gguf)
         rows.append(found | chances(arguments.work / "models" / name, arguments.work / "data"))
         print(
             " ".join(
@@ -120,10 +121,15 @@ def parser() -> argparse.ArgumentParser:
     every["run"].add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     every["run"].add_argument("--gpus", nargs="+", default=["0"], help="as CUDA_VISIBLE_DEVICES names them")
     every["run"].add_argument("--jobs", type=int, default=8, help="runs that share a GPU")
+    for name in ("warm", "run", "policies"):
+        every[name].add_argument(
+            "--limit", type=float, default=math.inf, help="seconds after which to stop, warming each model"
+        )
     for name in ("run", "policies"):
-        every[name].add_argument("--limit", type=float, default=float("inf"), help="seconds after which to stop")
         every[name].add_argument("--out", type=Path, default=OUT, help="result file")
-    every["run"].add_argument("overrides", nargs="*", help="of every arm, e.g. algorithm.mini_batches=8")
+    every["run"].add_argument(
+        "overrides", nargs="*", help="of every arm that does not say otherwise, e.g. algorithm.mini_batches=8"
+    )
     every["plot"].add_argument("file", type=Path, nargs="?", default=OUT)
     return parser
 

@@ -157,7 +157,8 @@ class Job:
         return f"{self.model}-{self.arm}-seed{self.seed}"
 
     def overrides(self, work: Path, extra: tuple[str, ...] = ()) -> tuple[str, ...]:
-        """Arguments of `qarl.train`. `work` holds models, data and runs; `extra` is given to every arm alike."""
+        """Arguments of `qarl.train`. `work` holds models, data and runs; `extra` is given to every arm, which
+        has the last word: a band for ratios of sequences does not reach the arm whose ratios are of tokens."""
         return (
             "recipe=stability_gpu",
             f"out={work / 'runs'}",
@@ -167,8 +168,8 @@ class Job:
             f"data.train.source={work / 'data' / 'train.jsonl'}",
             f"data.heldout.source={work / 'data' / 'heldout.jsonl'}",
             *OF_MODEL[self.model],
-            *ARMS[self.arm].overrides,
             *extra,
+            *ARMS[self.arm].overrides,
         )
 
 

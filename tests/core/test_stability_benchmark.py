@@ -94,6 +94,18 @@ def test_the_aligned_tbpo_arm_is_the_recipe_itself(composed):
     assert {key for key in recipe if recipe[key] != mine[key]} == {"name", "out"}
 
 
+def test_a_wider_band_reaches_sequence_ratios_alone(composed):
+    wider = ("algorithm.objective.bounds.positive_high=0.01", "algorithm.objective.bounds.negative_high=0.03")
+
+    def bounds(arm: str) -> tuple[float | None, ...]:
+        found = composed(*Job("dense", arm, 0).overrides(Path("w"), wider)).algorithm.objective.bounds
+        return found.positive_high, found.negative_low, found.negative_high
+
+    assert bounds("w4a16-aligned-tbpo") == (0.01, 3e-3, 0.03)
+    assert bounds("w4a16-aligned-gspo") == (0.01, 3e-3, None)
+    assert bounds("w4a16-aligned-dual_clip") == (0.2, 0.2, 2.0)
+
+
 def test_whole_seeds_of_the_table_come_first():
     jobs = schedule(["dense", "moe"], list(ARMS), [0, 1])
     table = [arm.name for arm in TABLE]
@@ -281,3 +293,43 @@ def test_mistakes_are_named_before_anything_starts(tmp_path):
         stability.main(["run", "--work", str(tmp_path), "--arms", "bf17"])
     with pytest.raises(ConfigError, match="--models: no .*models/dense; python -m benchmarks.stability warm"):
         stability.main(["--work", str(tmp_path), "--out", str(tmp_path / "out.json")])
+
+
+def test_a_warm_start_ends_at_its_target_and_saves_a_model_that_serves(tmp_path, monkeypatch):
+    """Chances are of the worked answer: the product of its tokens' probabilities, by transformers' own forward."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from benchmarks import stability_models
+
+    pytest.importorskip("reasoning_gym")
+    stability_models.write_data(tmp_path / "data", 3, 1, {"warm": 20, "heldout": 3, "check": 3})
+    seen = iter([0.1, 0.2, 0.4, 0.9])
+    monkeypatch.setattr(stability_models, "chance", lambda *_: next(seen))
+    found = stability_models.warm("tiny", tmp_path, 0.3, 2, math.inf, "")
+    assert found["steps"] == 6 and found["reached"]
+    folder = tmp_path / "models" / "tiny"
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    rows = [json.loads(line) for line in (tmp_path / "data" / "heldout.jsonl").read_text().splitlines()]
+    expected = []
+    for row in rows:
+        text = f"<|user|>{row['question']}<|end|><|assistant|>"
+        asked, answer = (tokenizer(t)["input_ids"] for t in (text, worked(row["question"]) + "<|end|>"))
+        with torch.no_grad():
+            logprobs = model(torch.tensor([asked + answer])).logits[0].log_softmax(-1)
+        expected.append(math.exp(sum(float(logprobs[len(asked) + i - 1, t]) for i, t in enumerate(answer))))
+    assert stability_models.chances(folder, tmp_path / "data", ["bf16"])["bf16"] == pytest.approx(
+        np.mean(expected), rel=1e-3
+    )
+
+
+def test_no_question_stands_in_two_files(tmp_path):
+    pytest.importorskip("reasoning_gym")
+    from benchmarks.stability_models import write_data
+
+    write_data(tmp_path, 2, 1, {"warm": 30, "heldout": 30})  # of at most 2 x 81 questions
+    questions = [json.loads(line)["question"] for f in tmp_path.glob("*.jsonl") for line in f.read_text().splitlines()]
+    assert len(questions) == len(set(questions)) == 60
