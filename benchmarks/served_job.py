@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.alignment_job import KV_CACHE_GB, MAX_SEQUENCES, Engine, given_cache, make_prompts
+from benchmarks.alignment_job import KV_CACHE_GB, MAX_SEQUENCES, Engine, make_prompts
 from benchmarks.stock_engine import StockEngine
 from qarl import formats
 from qarl.compressed import write_checkpoint
@@ -89,8 +89,7 @@ def refilled(folders: Sequence[Path], format: QuantFormat, device: torch.device,
             config = RolloutConfig(
                 format=format.name, gpu_memory=GPU_MEMORY, kv_cache_gb=KV_CACHE_GB, max_sequences=MAX_SEQUENCES
             )
-            with given_cache(device):
-                engine = open_engine(config, folder, name, MAX_TOKENS)
+            engine = open_engine(config, folder, name, MAX_TOKENS)
         engine.refill(update)
         found.append(ask(engine, prompts, None))
         del model, update
