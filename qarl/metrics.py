@@ -34,6 +34,7 @@ METRICS = {
         "share", "groups whose responses all got the same reward: nothing to learn from", ".1%"
     ),
     "reward/timeouts": Metric("responses", "scored 0 because the reward did not answer in time", ".0f"),
+    "reward/timeout_share": Metric("share", "of the responses of the step", ".1%"),
     "reward/crashes": Metric("responses", "scored 0 because the reward's process died", ".0f"),
     "accuracy/heldout": Metric("share", "held-out prompts answered right, by the engine at the run's format", ".1%"),
     "length/mean": Metric("tokens", "mean response", ".1f"),
@@ -63,11 +64,34 @@ METRICS = {
     "objective/ratio_mean": Metric("ratio", "mean of current over published learner before clipping", ".5f"),
     "objective/ratio_max": Metric("ratio", "largest of current over published learner before clipping", ".3f"),
     "objective/kl": Metric("nats a token", "KL to the reference policy; 0 without one", ".2e"),
+    "objective/kl_step": Metric(
+        "nats a token", "KL(published || current learner), the largest that an update of the step began with", ".2e"
+    ),
     "objective/dropped_sequences": Metric("responses", "left out: empty, or with a non-finite log-prob", ".0f"),
     "error_tokens/repetition_rate": Metric(
         "share", "tokens inside loops of repeated n-grams, mean over responses", ".1%"
     ),
-    "error_tokens/share": Metric("share", "responses of which more than half is such a loop", ".1%"),
+    "error_tokens/garbling_rate": Metric(
+        "share", "characters damaged or in a salad of scripts, mean over responses", ".1%"
+    ),
+    "error_tokens/share": Metric("share", "responses of which more than half is loops, or is garbled", ".1%"),
+    "error_tokens/ratio": Metric("ratio", "mean of current over published learner, of error responses", ".5f"),
+    "error_tokens/rest_ratio": Metric("ratio", "the same of the other responses", ".5f"),
+    "error_tokens/negative": Metric("share", "of units of error responses: A < 0", ".1%"),
+    "error_tokens/rest_negative": Metric("share", "of units of the other responses: A < 0", ".1%"),
+    "error_tokens/clip_positive_high": Metric(
+        "share", "of units of error responses: clipped, A > 0, ratio high", ".1%"
+    ),
+    "error_tokens/rest_clip_positive_high": Metric("share", "the same of the other responses", ".1%"),
+    "error_tokens/clip_negative_low": Metric("share", "of units of error responses: clipped, A < 0, ratio low", ".1%"),
+    "error_tokens/rest_clip_negative_low": Metric("share", "the same of the other responses", ".1%"),
+    "error_tokens/clip_negative_high": Metric(
+        "share", "of units of error responses: clipped, A < 0, ratio high", ".1%"
+    ),
+    "error_tokens/rest_clip_negative_high": Metric("share", "the same of the other responses", ".1%"),
+    "error_tokens/gradient": Metric(
+        "share", "of the policy term's gradient at the logits (L1 norm) that error responses have", ".1%"
+    ),
     "entropy": Metric("nats a token", "of the learner's distribution at response tokens", ".3f"),
     "grad_norm": Metric("1", "largest of the step's gradient norms, before clipping", ".3g"),
     "lr": Metric("1", "learning rate of the step's last update", ".2e"),
@@ -99,6 +123,14 @@ METRICS = {
     "sync/gb": Metric("GB", "bytes that travelled, 1e9 of them", ".3f"),
     "sync/tile_error": Metric("share", "largest |served - published| weight, over the tensor's largest", ".2e"),
     "sync/canary": Metric("nats a token", "mean |engine - learner| log-prob of the canaries", ".2e"),
+    "guard/warnings": Metric("limits", "of guard.warn that the step is beyond", ".0f"),
+    "guard/corrections": Metric("limits", "of guard.correct that the step was beyond and corrected for", ".0f"),
+    "guard/left_out": Metric("responses", "timed out, and left out of their groups instead of counted as wrong", ".0f"),
+    "guard/skipped_updates": Metric("updates", "mini-batches that were not learnt from", ".0f"),
+    "guard/read_back": Metric("1", "1: the sync compared every quantized tensor, because of the step before", ".0f"),
+    "guard/entropy_drift": Metric(
+        "factor", "entropy over that of the run's first step, or the inverse: above 1", ".2f"
+    ),
     "engine/restarts": Metric("restarts", "of a dead engine, since the run began", ".0f"),
 }
 """Name -> unit, meaning, how it is shown. A share lies between 0 and 1."""
@@ -167,6 +199,8 @@ class Metrics:
                 "reward": float(sample.reward),
                 "tokens": len(sample.completion.tokens),
                 "finish": sample.completion.finish,
+                "repetition": sample.repetition,
+                "garbling": sample.garbling,
             }
             rows.append({name: _ends(value) for name, value in text.items()} | about)
             self._samples.append(step, rows[-1])
