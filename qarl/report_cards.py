@@ -17,6 +17,8 @@ from qarl.run_data import RunData
 
 COLORS = 9
 """The page defines `--c0` … `--c8`."""
+DASHES = 5
+"""The page defines `.d1` … `.d4`; `.d0` is solid."""
 SAMPLE_FACTS = (("tokens", " tokens"), ("finish", ""))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from qarl.dashboard import SAMPLES, SECTIONS
 from qarl.metrics import METRICS, STAGES
-from qarl.report_cards import COLORS
+from qarl.report_cards import COLORS, DASHES
 from qarl.wandb_run import TABLE
 from qarl.workspace import build_workspace, view_name
 
@@ -32,7 +32,8 @@ def test_charts_can_be_told_apart_and_say_what_healthy_looks_like():
     titles = [chart.title for chart in CHARTS] + [section.title for section in SECTIONS if len(section.charts) > 1]
     assert len(set(titles)) == len(titles)
     for chart in CHARTS:
-        assert chart.hint.endswith(".") and len(chart.lines) <= COLORS, chart.title
+        assert chart.hint.endswith("."), chart.title
+        assert len(chart.lines) <= (COLORS if chart.stacked else DASHES), chart.title
 
 
 def test_lines_of_a_chart_share_its_scale():

@@ -15,8 +15,9 @@ import yaml
 from qarl.charts import BUCKETS, EMPTY, Series, area_chart, line_chart, tick_label
 from qarl.dashboard import SECTIONS
 from qarl.jsonl import StepLog
-from qarl.metrics import METRICS, STAGES
+from qarl.metrics import METRICS
 from qarl.report import headline, write_report
+from qarl.report_cards import COLORS, DASHES
 from qarl.run_data import load
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -238,7 +239,8 @@ def test_every_stage_has_its_own_colour(tmp_path: Path):
     stacks = [chart for section in SECTIONS for chart in section.charts if chart.stacked]
     assert areas == [f"area c{i}" for chart in stacks for i in range(len(chart.lines))]
     text = (tmp_path / "r" / "report.html").read_text(encoding="utf-8")
-    assert all(text.count(f"--c{i}:") == 2 for i in range(len(STAGES))), "defined for light and for dark"
+    assert all(text.count(f"--c{i}:") == 2 for i in range(COLORS)), "defined for light and for dark"
+    assert all(text.count(f".d{i} {{") == 1 for i in range(1, DASHES))
 
 
 def test_the_command_writes_the_report_and_refuses_a_folder_that_is_not_there(tmp_path: Path):
