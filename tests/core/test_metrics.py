@@ -228,7 +228,8 @@ def test_offline_wandb_writes_into_the_run_folder_uses_no_network_and_keeps_its_
     assert "Would sync 2 run(s)" in sync.stderr + sync.stdout, "the command that is told knows these folders"
     (table,) = tmp_path.glob("wandb/offline-run-*/files/media/table/*.table.json")
     table = json.loads(table.read_text())
-    assert dict(zip(table["columns"], table["data"][0], strict=True)) == {
+    row = dict(zip(table["columns"], table["data"][0], strict=True))
+    expected = {
         "step": 0,
         "prompt": "question",
         "response": "lone ? response",
@@ -238,6 +239,7 @@ def test_offline_wandb_writes_into_the_run_folder_uses_no_network_and_keeps_its_
         "tokens": 4,
         "finish": "stop",
     }
+    assert expected.items() <= row.items()
     assert not heard
     assert [row["step"] for row in jsonl.read(tmp_path / "metrics.jsonl")] == [0, 1]
 
