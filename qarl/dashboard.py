@@ -75,9 +75,9 @@ OVERVIEW = Section(
             ),
         ),
         Chart(
-            "Flat groups",
-            "Share of groups whose responses all got the same reward. Near 100%: prompts too hard or too easy.",
-            (Line("reward/flat_groups", "all rewards the same", "smooth"),),
+            "Flat groups and timeouts",
+            "Share of groups whose rewards are all the same (near 100%: too hard or too easy), of rewards that timed out.",
+            (Line("reward/flat_groups", "flat groups", "smooth"), Line("reward/timeout_share", "timed out", "peak")),
             "percent",
         ),
         Chart(
@@ -104,6 +104,7 @@ OVERVIEW = Section(
             "Nats a token; 0 without a reference policy. A steady rise is learning, a jump is not.",
             (Line("objective/kl", "KL"),),
         ),
+        Chart("KL of the step", "Nats a token. Healthy: small and steady.", (Line("objective/kl_step", "KL"),)),
         Chart("Learning rate", "Of the step's last update.", (Line("lr", "learning rate"),)),
         Chart(
             "Failures",
@@ -186,7 +187,7 @@ ERROR_TOKENS = Section(
     "Error tokens",
     (
         Chart(
-            "Error tokens",
+            "Loops and garbled text",
             "Share: loops of repeated tokens and garbled text, which low-bit policies fall into. Healthy: near zero.",
             (
                 Line("error_tokens/repetition_rate", "tokens in loops"),
