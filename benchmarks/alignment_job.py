@@ -11,7 +11,6 @@ import argparse
 import copy
 import gc
 import json
-import os
 import shutil
 import sys
 import time
@@ -33,7 +32,7 @@ from qarl.formats import QuantFormat
 from qarl.kernels import dispatch
 from qarl.records import Completion, Prompt, Sampling
 from qarl.rollout.engine import open_engine
-from qarl.rollout.vllm_settings import ENVIRONMENT, quantization_override
+from qarl.rollout.vllm_settings import quantization_override
 from qarl.rundir import write_atomically
 from qarl.seeds import completion_seeds
 from qarl.trainer.aligned import AlignedModel
@@ -105,10 +104,10 @@ class Job:
         config = RolloutConfig(
             format=self.format.name,
             gpu_memory=0.8 / self.share,
-            kv_cache_gb=KV_CACHE_GB,
+            kv_cache_gb=KV_CACHE_GB,  # fixed: beside other jobs on one GPU, vLLM would count their memory as its own
             max_sequences=MAX_SEQUENCES,
         )
-        with self.stage("start"), given_cache(self.device):
+        with self.stage("start"):
             engine = open_engine(config, self.folder, self.dtype_name, MAX_TOKENS)
         with self.stage("refill"):
             report = engine.refill(update)
@@ -188,29 +187,6 @@ class Job:
 
     def write(self) -> None:
         write_atomically(self.out, json.dumps(self.record, indent=1) + "\n")
-
-
-@contextmanager
-def given_cache(device: torch.device) -> Iterator[None]:
-    """Engines that start here take a cache of fixed size: beside others on one GPU, vLLM would count their memory as its own."""
-    if device.type != "cuda":
-        yield
-        return
-    for name, value in ENVIRONMENT.items():  # vLLM is imported here, before our engine could say what it wants
-        os.environ.setdefault(name, value)
-    from vllm.engine.arg_utils import EngineArgs
-
-    create = EngineArgs.create_engine_config
-
-    def create_with_cache(self: Any, *args: Any, **options: Any) -> Any:
-        self.kv_cache_memory_bytes = int(KV_CACHE_GB * 2**30)
-        return create(self, *args, **options)
-
-    EngineArgs.create_engine_config = create_with_cache  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        EngineArgs.create_engine_config = create  # type: ignore[method-assign]
 
 
 def make_prompts(folder: Path, vocabulary: int) -> list[Prompt]:

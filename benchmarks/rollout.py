@@ -204,11 +204,14 @@ class Qarl:
     """The product's engine. Filled with random weights instead of a policy's, so it would refuse to generate."""
 
     def __init__(self, folder: str, format: QuantFormat, max_sequences: int, max_tokens: int) -> None:
+        import torch
+
         from qarl.config import RolloutConfig
         from qarl.rollout.vllm_engine import VllmEngine
 
+        cache = None if torch.cuda.is_available() else KV_CACHE_GB
         config = RolloutConfig(
-            format=format.name, gpu_memory=GPU_MEMORY, max_sequences=max_sequences, kv_cache_gb=KV_CACHE_GB
+            format=format.name, gpu_memory=GPU_MEMORY, max_sequences=max_sequences, kv_cache_gb=cache
         )
         self.engine = VllmEngine(config, folder, "bfloat16", max_tokens)
         randomize(self.engine._refill.model)

@@ -200,8 +200,9 @@ class RolloutConfig:
     """Of training rollouts. `top_p` and `top_k` must be off there: the learner scores whole distributions."""
     gpu_memory: float = 0.5
     """Share of a GPU's memory the engine may take."""
-    kv_cache_gb: float = 1.0
-    """KV cache of an engine on CPU."""
+    kv_cache_gb: float | None = None
+    """KV cache of an engine; `None`: on a GPU what `gpu_memory` leaves, on CPU 1. To be given where other runs share the GPU, whose
+    memory vLLM would count as its own."""
     max_sequences: int = 256
     """Sequences decoded at a time."""
     tensor_parallel: int = 1
@@ -218,7 +219,8 @@ class RolloutConfig:
     def __post_init__(self) -> None:
         formats.get(self.format)
         _require(0 < self.gpu_memory < 1, f"rollout.gpu_memory: must lie between 0 and 1, got {self.gpu_memory}")
-        for name in ("kv_cache_gb", "max_sequences", "replicas"):
+        _positive("rollout.kv_cache_gb", 1.0 if self.kv_cache_gb is None else self.kv_cache_gb)
+        for name in ("max_sequences", "replicas"):
             _positive(f"rollout.{name}", getattr(self, name))
         _require(
             self.tensor_parallel in (1, 2),

@@ -5,12 +5,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import os
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 from rich.console import Console
 
@@ -18,6 +15,7 @@ from qarl.config import RunConfig
 from qarl.jsonl import StepLog
 from qarl.progress import ProgressDisplay
 from qarl.records import Prompt, Sample
+from qarl.wandb_run import WandbRun
 
 
 class Metric(NamedTuple):
@@ -142,7 +140,6 @@ STAGES = tuple(name for name in METRICS if name.startswith("time/") and name != 
 
 SAMPLES_A_STEP = 3
 SAMPLE_CHARS = 4000
-WANDB_SECONDS = 60
 
 
 def show(name: str, value: float) -> str:
@@ -156,14 +153,14 @@ class Metrics:
     def __init__(self, run_dir: Path, config: RunConfig, first_step: int, console: Console) -> None:
         self._rows = StepLog(run_dir / "metrics.jsonl", first_step)
         self._samples = StepLog(run_dir / "samples.jsonl", first_step)
-        self._wandb = Wandb(run_dir, config, first_step > 0, console)
+        self._wandb = WandbRun(run_dir, config, console)
         self._display = ProgressDisplay(config.steps, first_step, console) if config.logging.progress else None
         self._next = first_step
 
     @classmethod
     def open(cls, run_dir: Path, config: RunConfig, first_step: int = 0, console: Console | None = None) -> Metrics:
         """`first_step`: the first that will be logged, as many as lie behind. Above 0, the run in `run_dir` is
-        continued, and so is its W&B run.
+        continued; its W&B run is continued whenever the folder has one.
         """
         run_dir.mkdir(parents=True, exist_ok=True)
         return cls(run_dir, config, first_step, console or Console(stderr=True))
@@ -193,6 +190,7 @@ class Metrics:
     def log_samples(self, step: int, samples: Sequence[Sample], prompts: Mapping[int, Prompt]) -> None:
         """One response of each of the first three prompts of a step, for the report."""
         first = {sample.completion.prompt: sample for sample in reversed(samples)}
+        rows = []
         for prompt_id in list(dict.fromkeys(s.completion.prompt for s in samples))[:SAMPLES_A_STEP]:
             sample, prompt = first[prompt_id], prompts[prompt_id]
             text = {"prompt": prompt.text, "response": sample.completion.text, "answer": prompt.answer}
@@ -204,7 +202,9 @@ class Metrics:
                 "repetition": sample.repetition,
                 "garbling": sample.garbling,
             }
-            self._samples.append(step, {name: _ends(value) for name, value in text.items()} | about)
+            rows.append({name: _ends(value) for name, value in text.items()} | about)
+            self._samples.append(step, rows[-1])
+        self._wandb.log_samples(step, rows)
 
 
 def facts(row: Mapping[str, float]) -> str:
@@ -219,84 +219,4 @@ def _ends(text: str) -> str:
     half = SAMPLE_CHARS // 2
     return (
         text if len(text) <= SAMPLE_CHARS else f"{text[:half]}\n[… {len(text) - 2 * half} characters …]\n{text[-half:]}"
-    )
-
-
-class Wandb:
-    """A W&B run that can never end ours: what goes wrong is said once, loudly, and `metrics.jsonl` has everything.
-
-    Offline runs lie in `run_dir/wandb`; `wandb sync --append` joins the folders of a resumed run, which share an id.
-    Where steps are done again, W&B keeps the first values it saw.
-    """
-
-    def __init__(self, run_dir: Path, config: RunConfig, resumed: bool, console: Console) -> None:
-        self._console = console
-        self._run: Any = None
-        if config.logging.wandb == "disabled":
-            return
-        id_file = run_dir / "wandb_id"
-        run_id = id_file.read_text().strip() if resumed and id_file.exists() else secrets.token_hex(4)
-        id_file.write_text(run_id + "\n")
-        try:
-            self._run = _init(run_dir, config, run_id, config.logging.wandb)
-        except Exception as error:  # wandb raises whatever its network, its service process and its key checks raise
-            self._say(f"could not start {config.logging.wandb}: {error}")
-            if config.logging.wandb == "online":
-                self._offline_instead(run_dir, config, run_id)
-
-    def _offline_instead(self, run_dir: Path, config: RunConfig, run_id: str) -> None:
-        import wandb
-
-        try:
-            wandb.teardown()  # the service process of the failed attempt holds the run id
-            self._run = _init(run_dir, config, run_id, "offline")
-            self._console.print(
-                f"W&B: recording offline instead; upload with `wandb sync {run_dir}/wandb/offline-run-*`"
-            )
-        except Exception as error:
-            self._say(f"could not start offline either: {error}")
-
-    def log(self, step: int, row: Mapping[str, float]) -> None:
-        if self._run is not None:
-            try:
-                self._run.log(dict(row), step=step)
-            except Exception as error:
-                self._say(f"stopped at step {step}: {error}")
-                self._run = None
-
-    def finish(self, failed: bool) -> None:
-        if self._run is not None:
-            try:
-                self._run.finish(exit_code=1 if failed else 0)
-            except Exception as error:
-                self._say(f"could not finish: {error}")
-
-    def _say(self, what: str) -> None:
-        self._console.print(
-            f"W&B {what}\nThe run goes on; metrics.jsonl has every number.", style="bold red", markup=False
-        )
-
-
-def _init(run_dir: Path, config: RunConfig, run_id: str, mode: Literal["offline", "online"]) -> Any:
-    if mode == "offline":
-        os.environ.setdefault(
-            "WANDB_ERROR_REPORTING", "false"
-        )  # read at import: its crash reports would use the network
-    import wandb  # nearly two seconds
-
-    return wandb.init(
-        project=config.logging.project,
-        name=config.name,
-        id=run_id,
-        resume="allow" if mode == "online" else None,
-        mode=mode,
-        dir=run_dir,
-        config=dataclasses.asdict(config),
-        settings=wandb.Settings(
-            silent=True,
-            console="off",  # it would capture the progress display
-            init_timeout=WANDB_SECONDS,
-            finish_timeout=WANDB_SECONDS,
-            finish_timeout_raises=True,
-        ),
     )

@@ -106,10 +106,10 @@ def staging(config: RunConfig, shapes: dict[str, tuple[int, ...]]) -> float:
 def engine_memory(config: RunConfig, shapes: dict[str, tuple[int, ...]]) -> Memory:
     """Of one GPU of an engine."""
     weights = engine_weights(config, shapes) / config.rollout.tensor_parallel
-    if config.placement.gpus:
-        cache = config.rollout.gpu_memory * config.placement.gpu_gb - weights
-    else:
+    if config.rollout.kv_cache_gb is not None:
         cache = config.rollout.kv_cache_gb
+    else:
+        cache = config.rollout.gpu_memory * config.placement.gpu_gb - weights if config.placement.gpus else 1.0
     return Memory(0, 0, 0, 0, 0, 0, weights, cache)
 
 

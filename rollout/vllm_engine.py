@@ -83,6 +83,7 @@ class VllmEngine(Engine):
         register_here(path)
         on_gpu = torch.cuda.is_available()
         most_tokens = max(self.max_tokens + 1, 8192)
+        cache = config.kv_cache_gb or (None if on_gpu else 1.0)
         args = EngineArgs(
             model=path,
             dtype=dtype,  # type: ignore[arg-type]
@@ -90,7 +91,7 @@ class VllmEngine(Engine):
             load_format="dummy",  # the first refill brings every weight
             max_model_len=self.max_tokens + 1,  # to score a sequence, vLLM wants room to write one more token
             max_num_seqs=config.max_sequences,
-            kv_cache_memory_bytes=None if on_gpu else int(config.kv_cache_gb * 2**30),
+            kv_cache_memory_bytes=None if cache is None else int(cache * 2**30),
             gpu_memory_utilization=config.gpu_memory,
             enforce_eager=config.eager or not on_gpu,  # compiling for a CPU takes longer than it saves
             # A chunk of a seeded prompt would rewind the request's generator, which CPU generators cannot do.

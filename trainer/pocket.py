@@ -17,7 +17,7 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -31,6 +31,7 @@ from torch.nn import Linear
 from torch.nn.functional import cross_entropy
 from transformers import (
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -68,7 +69,10 @@ def pocket_model(
     try:
         tokenizer = build_tokenizer(spec.context)
         model = build_model(spec, tokenizer)
-        warm_start(model, tokenizer, spec, held_out, progress)
+        losses = warm_start(model, tokenizer, spec, demonstrations(spec, held_out))
+        for step, loss in enumerate(losses, start=1):
+            if progress is not None:
+                progress(step, spec.steps, loss)
         model.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
         draft.chmod(0o755)  # mkdtemp's 0o700 would hide the model from other users of the cache
@@ -161,23 +165,22 @@ def demonstrations(spec: PocketConfig, held_out: Collection[str]) -> Iterator[tu
 
 def warm_start(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     spec: PocketConfig,
-    held_out: Collection[str],
-    progress: Progress | None,
-) -> None:
-    """Supervised training in place: cross entropy of the answers alone, linear warm-up and decay of both learning rates."""
-    stream = demonstrations(spec, held_out)
+    stream: Iterator[tuple[str, str]],
+) -> Iterator[float]:
+    """Supervised training in place, on the model's device: cross entropy of the answers alone, linear warm-up and decay of both
+    learning rates. Yields the loss of every step; whoever stops listening stops the training."""
     optimizers = _optimizers(model, spec)
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, spec.steps)) for optimizer in optimizers]
     model.train()
-    for step in range(1, spec.steps + 1):
+    for _ in range(spec.steps):
         pairs = sorted((next(stream) for _ in range(spec.batch_size)), key=lambda pair: len(pair[1]))
         halves = [pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]]  # short and long apart: a third less padding
-        batches = [_batch(tokenizer, half) for half in halves if half]
+        batches = [[part.to(model.device) for part in padded(tokenizer, half)] for half in halves if half]
         count = sum((labels != IGNORED).sum() for _, labels in batches)
         model.zero_grad()
-        loss = torch.zeros(())
+        loss = torch.zeros((), device=model.device)
         for tokens, labels in batches:
             logits = model(input_ids=tokens[:, :-1], use_cache=False).logits  # [B, L-1, V]
             part = (
@@ -190,8 +193,7 @@ def warm_start(
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
             schedule.step()
-        if progress is not None:
-            progress(step, spec.steps, loss.item())
+        yield loss.item()
     model.eval()
 
 
@@ -213,18 +215,28 @@ def _rate(steps: int, step: int) -> float:
     return min(1.0, (step + 1) / 20) * max(0.05, 1 - step / max(steps, 1))
 
 
-def _batch(tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[str, str]]) -> tuple[Tensor, Tensor]:
-    """Tokens and labels, each [B, longest], padded on the right; the labels of prompts and padding are IGNORED."""
+def tokenized(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]
+) -> list[tuple[list[int], list[int]]]:
+    """Tokens of each (prompt, answer): the prompt in its template, the answer with its end."""
     chats = [
         tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
         for prompt, _ in pairs
     ]
     prompts = tokenizer(chats, add_special_tokens=False)["input_ids"]
-    answers = tokenizer([answer + END for _, answer in pairs], add_special_tokens=False)["input_ids"]
-    rows = [torch.tensor(prompt + answer) for prompt, answer in zip(prompts, answers, strict=True)]
-    marks = [torch.tensor([IGNORED] * len(prompt) + answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    answers = tokenizer([answer + str(tokenizer.eos_token) for _, answer in pairs], add_special_tokens=False)[
+        "input_ids"
+    ]
+    return list(zip(prompts, answers, strict=True))
+
+
+def padded(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor]:
+    """Tokens and labels, each [B, longest], padded on the right; the labels of prompts and padding are IGNORED."""
+    rows = tokenized(tokenizer, pairs)
+    tokens = [torch.tensor(prompt + answer) for prompt, answer in rows]
+    labels = [torch.tensor([IGNORED] * len(prompt) + answer) for prompt, answer in rows]
     pad = torch.nn.utils.rnn.pad_sequence
-    return pad(rows, True, float(tokenizer.pad_token_id)), pad(marks, True, float(IGNORED))
+    return pad(tokens, True, float(tokenizer.pad_token_id)), pad(labels, True, float(IGNORED))
 
 
 def _fingerprint(spec: PocketConfig, held_out: Collection[str]) -> str:

@@ -1,0 +1,211 @@
+"""The runs of `benchmarks.stability`: each a process, several on a GPU, and the file their rows are kept in."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import record
+from benchmarks.stability_arms import Job
+from qarl import jsonl
+from qarl.errors import ConfigError
+
+CURVES = (
+    "accuracy/heldout",
+    "reward/mean",
+    "mismatch/mean_abs",
+    "mismatch/k3",
+    "mismatch/ess_sequence",
+    "entropy",
+    "error_tokens/repetition_rate",
+    "error_tokens/share",
+    "grad_norm",
+    "length/mean",
+    "length/truncated",
+    "clip/positive_high",
+    "clip/negative_low",
+    "clip/negative_high",
+    "clip/mismatch_high",
+    "objective/ratio_max",
+    "time/step_s",
+    "time/publish_s",
+    "time/sample_s",
+    "time/reward_s",
+    "time/score_s",
+    "time/learn_s",
+    "time/evaluate_s",
+    "time/checkpoint_s",
+)
+DONE = ("finished", "diverged")
+#: One small run among many: it takes few threads, and a Ray of its own that expects no more memory than it needs.
+LIGHT = {
+    "OMP_NUM_THREADS": "2",
+    "TOKENIZERS_PARALLELISM": "false",
+    "RAY_DEFAULT_OBJECT_STORE_MEMORY_PROPORTION": "0.02",
+    "RAY_memory_monitor_refresh_ms": "0",
+}
+Command = Callable[[Job, tuple[str, ...]], list[str]]
+
+
+def command(job: Job, overrides: tuple[str, ...]) -> list[str]:
+    return [sys.executable, "-m", "qarl.train", *overrides]
+
+
+@dataclass
+class Child:
+    """A run in its process."""
+
+    job: Job
+    overrides: tuple[str, ...]
+    folder: Path
+    gpu: str
+    process: subprocess.Popen[bytes]
+    scratch: Path
+    started: float
+
+    @classmethod
+    def start(cls, job: Job, overrides: tuple[str, ...], work: Path, gpu: str, command: Command) -> Child:
+        """Its output goes to `runs/NAME.log`. Sockets need a short path, so Ray's files go to a scratch folder."""
+        scratch = Path(tempfile.mkdtemp(prefix="qs"))
+        surroundings = os.environ | LIGHT | {"CUDA_VISIBLE_DEVICES": gpu, "RAY_TMPDIR": str(scratch)}
+        folder = work / "runs" / job.name
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with folder.with_suffix(".log").open("wb") as log:
+            process = subprocess.Popen(
+                command(job, overrides), stdout=log, stderr=log, env=surroundings, start_new_session=True
+            )
+        return cls(job, overrides, folder, gpu, process, scratch, time.monotonic())
+
+    def signal(self, sign: signal.Signals) -> None:
+        """Ray's processes end with the one that started them."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, sign)
+
+    def end(self, grace_s: float = 5.0) -> None:
+        try:
+            self.process.wait(grace_s)
+        except subprocess.TimeoutExpired:
+            self.signal(signal.SIGKILL)
+            self.process.wait()
+
+    def row(self, stopped: bool = False) -> dict[str, Any]:
+        """What the run came to, as far as it came. `stopped`: by us, unfinished."""
+        seconds = time.monotonic() - self.started
+        log = self.folder.with_suffix(".log").read_text(errors="replace")
+        status = "stopped" if stopped else "finished" if self.process.returncode == 0 else "failed"
+        if status == "failed" and "DivergenceError:" in log:
+            status = "diverged"
+        rows = jsonl.read(self.folder / "metrics.jsonl")
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        return {
+            "model": self.job.model,
+            "arm": self.job.arm,
+            "seed": self.job.seed,
+            "status": status,
+            "seconds": round(seconds, 1),
+            "gpu": self.gpu,
+            "steps": len([row for row in rows if "reward/mean" in row]),
+            "overrides": list(self.overrides),
+            **({"log": log[-800:]} if status in ("failed", "diverged") else {}),
+            "curves": curves(rows),
+        }
+
+
+def curves(rows: list[dict[str, Any]]) -> dict[str, list[float | None]]:
+    """Metric -> its value at each logged step, to five digits; `None` where it was not measured."""
+    found: dict[str, list[float | None]] = {"step": [row["step"] for row in rows]}
+    for name in CURVES:
+        values = [float(f"{float(row[name]):.5g}") if name in row else None for row in rows]
+        if any(value is not None for value in values):
+            found[name] = values
+    return found
+
+
+class Rows:
+    """The result file: a row a run, the whole of it on the disk after every change. What it says besides stays as it was first."""
+
+    def __init__(self, file: Path, **more: Any) -> None:
+        found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"rows": []}
+        self.file = file
+        self.rows: list[dict[str, Any]] = found.pop("rows")
+        self.more = more | found
+
+    def put(self, row: dict[str, Any]) -> None:
+        self.rows = [r for r in self.rows if _key(r) != _key(row)] + [row]
+        record.write_file(self.file, self.rows, **self.more)
+
+    def finished(self, job: Job, overrides: tuple[str, ...]) -> bool:
+        """Raises `ConfigError` where the file's run of that name was another."""
+        for row in self.rows:
+            if _key(row) == (job.model, job.arm, job.seed) and row["status"] in DONE:
+                if row["overrides"] != list(overrides):
+                    raise ConfigError(
+                        f"--out: {self.file} holds {job.name} with other settings, {sorted({*row['overrides']} ^ {*overrides})}"
+                    )
+                return True
+        return False
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["model"], row["arm"], row["seed"]
+
+
+def run(
+    jobs: Sequence[tuple[Job, tuple[str, ...]]],
+    rows: Rows,
+    work: Path,
+    slots: Sequence[str],
+    limit_s: float,
+    start: Command = command,
+) -> None:
+    """All jobs, one a slot at a time; a slot is the GPU it stands for. At the limit those that still go on are stopped.
+
+    A job is not begun when less time is left than the shortest so far took.
+    """
+    begun, waiting, free = time.monotonic(), deque(jobs), deque(slots)
+    running: list[Child] = []
+    shortest = 0.0
+    try:
+        while waiting or running:
+            left = limit_s - (time.monotonic() - begun)
+            if left < shortest:
+                waiting.clear()
+            if left <= 0:
+                return
+            while waiting and free:
+                job, overrides = waiting.popleft()
+                running.append(Child.start(job, overrides, work, free.popleft(), start))
+            for child in [c for c in running if c.process.poll() is not None]:
+                running.remove(child)
+                free.append(child.gpu)
+                row = child.row()
+                rows.put(row)
+                _say(row)
+                if row["status"] == "finished":
+                    shortest = min(shortest or row["seconds"], row["seconds"])
+            time.sleep(0.2)
+    finally:
+        for child in running:
+            child.signal(signal.SIGTERM)  # to all first: each may take a moment
+        for child in running:
+            child.end()
+            rows.put(row := child.row(stopped=True))
+            _say(row)
+
+
+def _say(row: dict[str, Any]) -> None:
+    accuracy = [v for v in row["curves"].get("accuracy/heldout", []) if v is not None]
+    shown = " -> ".join(f"{v:.3f}" for v in (accuracy[:1] + accuracy[-1:]))
+    print(f"{row['model']} {row['arm']} seed {row['seed']}: {row['status']}, step {row['steps']}, "
+          f"{row['seconds']:.0f} s, accuracy {shown or '–'}", flush=True)  # fmt: skip
