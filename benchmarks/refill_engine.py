@@ -42,7 +42,7 @@ class Served:
     def __init__(self, folder: str, format: str, sleeps: bool) -> None:
         import torch
 
-        from benchmarks.alignment_job import given_cache
+        from benchmarks.alignment_job import KV_CACHE_GB
         from qarl.config import RolloutConfig
         from qarl.rollout.engine import open_engine
 
@@ -51,11 +51,11 @@ class Served:
             engine="vllm" if on_gpu else "torch",
             format=format,
             gpu_memory=0.05,
+            kv_cache_gb=KV_CACHE_GB,
             max_sequences=MAX_SEQUENCES,
             sleep=sleeps,
         )
-        with given_cache(torch.device("cuda" if on_gpu else "cpu")):
-            engine: Any = open_engine(config, folder, "bfloat16", MAX_TOKENS)
+        engine: Any = open_engine(config, folder, "bfloat16", MAX_TOKENS)
         self.engine = engine
         self.worker = engine._core.engine_core.model_executor.driver_worker.worker if on_gpu else None
 

@@ -28,14 +28,14 @@ from benchmarks.random_models import NAMES, make_model
 REFILLS = 3
 
 
-def do(model: str, format: str, folders: list[Path], work: Path, gpu: int | None, limit: float) -> dict[str, Any]:
+def do(model: str, format: str, folders: list[Path], work: Path, gpu: str | None, limit: float) -> dict[str, Any]:
     """Run one job on that GPU; its record, or as far as it got, with the end of its log where it failed."""
     out, log = work / f"{model}-{format}.json", work / f"{model}-{format}.log"
     out.unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.served_job", format, str(out), *map(str, folders)]
     environment = {**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": "2"}
     if gpu is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
     started = time.monotonic()
     row: dict[str, Any] = {"model": model, "format": format}
     with log.open("w") as stream:
@@ -51,6 +51,12 @@ def do(model: str, format: str, folders: list[Path], work: Path, gpu: int | None
         row["error"] = f"{'killed' if status is None else f'ended with status {status}'}; {log.read_text()[-1500:]}"
     print(f"{model} {format}: {time.monotonic() - started:.0f} s, status {status}", file=sys.stderr, flush=True)
     return row
+
+
+def visible_gpus() -> list[str | None]:
+    """Names that a child's CUDA_VISIBLE_DEVICES may say; of a machine without a GPU, one that is none."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    return [*named.split(",")] if torch.cuda.is_available() else [None]
 
 
 def judge(row: dict[str, Any]) -> None:
@@ -76,7 +82,7 @@ def main() -> None:
     arguments = parser.parse_args()
     work = arguments.work or Path(tempfile.mkdtemp(prefix="served-"))
     work.mkdir(parents=True, exist_ok=True)
-    gpus: list[int | None] = list(range(torch.cuda.device_count())) or [None]
+    gpus = visible_gpus()
     models = [name for name in NAMES if is_wanted(name, arguments.models)]
     folders = {name: [work / f"{name}-{seed}" for seed in range(REFILLS)] for name in models}
     for name in models:
@@ -87,12 +93,11 @@ def main() -> None:
     formats = arguments.formats or (CPU_FORMATS if gpus == [None] else FORMATS)
     cases = [(name, format) for name in reversed(models) for format in formats]
     with ThreadPoolExecutor(arguments.parallel * len(gpus)) as pool:
-        rows = list(
-            pool.map(
-                lambda case: do(*case[1], folders[case[1][0]], work, gpus[case[0] % len(gpus)], arguments.limit),
-                enumerate(cases),
-            )
-        )
+        jobs = [
+            pool.submit(do, name, format, folders[name], work, gpus[i % len(gpus)], arguments.limit)
+            for i, (name, format) in enumerate(cases)
+        ]
+        rows = [job.result() for job in jobs]
     for row in rows:
         judge(row)
     columns = {"model": "", "format": "", "done": "d", "same": "d", "of": "d", "gap": ".1e", "spread": ".1e"}

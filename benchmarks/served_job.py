@@ -32,6 +32,8 @@ from qarl.trainer.publish import model_update
 
 MAX_TOKENS = 256
 GREEDY = Sampling(temperature=0, max_tokens=64)
+#: Share that an engine may ask for: several jobs are on one GPU.
+GPU_MEMORY = 0.1
 #: Times that each engine does the same again: the spread of one engine against itself.
 REPEATS = 3
 
@@ -84,7 +86,9 @@ def refilled(folders: Sequence[Path], format: QuantFormat, device: torch.device,
         update = model_update(model.to(device), format, version, n_tiles=2)
         if engine is None:
             prompts = make_prompts(folder, int(model.config.vocab_size))
-            config = RolloutConfig(format=format.name, kv_cache_gb=KV_CACHE_GB, max_sequences=MAX_SEQUENCES)
+            config = RolloutConfig(
+                format=format.name, gpu_memory=GPU_MEMORY, kv_cache_gb=KV_CACHE_GB, max_sequences=MAX_SEQUENCES
+            )
             engine = open_engine(config, folder, name, MAX_TOKENS)
         engine.refill(update)
         found.append(ask(engine, prompts, None))
@@ -98,7 +102,7 @@ def exported(folder: Path, draft: Path, format: QuantFormat, dtype: str, sequenc
     """A fresh engine of vLLM's own on the exported checkpoint."""
     shutil.rmtree(draft, ignore_errors=True)  # of a job that was killed
     write_checkpoint(folder, draft, format, quantization_override(format))
-    engine = StockEngine(draft, format, dtype, MAX_TOKENS, 0.5, KV_CACHE_GB)
+    engine = StockEngine(draft, format, dtype, MAX_TOKENS, GPU_MEMORY, KV_CACHE_GB)
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
     found = ask(engine, make_prompts(folder, vocabulary), sequences)
     engine.close()

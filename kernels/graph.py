@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
 Made = TypeVar("Made")
 
 
-def record(run: Callable[[], Made]) -> tuple[torch.cuda.CUDAGraph, Made]:
-    """The kernels that `run` launches on the current device, and what it returned, whose tensors each replay writes again.
+class Recording(Generic[Made]):
+    """The kernels that a function launches on the current device, to be launched again as often as one likes.
 
-    It runs once before: kernels compile and libraries make their workspaces outside of a graph. `run` must not wait for the device,
-    and what it reads has to stay where it is. Other threads may go on using the device meanwhile.
+    The function runs once before: kernels compile and libraries make their workspaces outside of a graph. It must not wait for the
+    device, and what it reads has to stay where it is: tensors that it alone knows live as long as the recording does. Other threads
+    may go on using the device meanwhile.
     """
-    current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-    aside.wait_stream(current)
-    with torch.cuda.stream(aside):
-        run()
-    current.wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        made = run()
-    return graph, made
+
+    def __init__(self, run: Callable[[], Made]) -> None:
+        self._run = (
+            run  # kept for what its closure holds: freed, those addresses would be others' when the kernels read them
+        )
+        current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(current)
+        with torch.cuda.stream(aside):
+            run()
+        current.wait_stream(aside)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._made = run()
+
+    def replay(self) -> Made:
+        """What the function returned, its tensors written again: those of every replay are the same ones."""
+        self._graph.replay()
+        return self._made

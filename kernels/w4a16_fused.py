@@ -19,8 +19,9 @@ from torch import Tensor
 from qarl.kernels import w4a16
 from qarl.kernels.w4a16 import Codes, _groups
 
-_TILE = 4096
-"""Weights per program: four 16-byte loads in flight in each thread of four warps."""
+_QUANTIZE = {"tile": 1024, "warps": 1}
+_DEQUANTIZE = {"tile": 4096, "warps": 4}
+"""Weights per program: four 16-byte loads in flight in each thread. One warp waits for no other where a scale needs a maximum."""
 
 
 @torch.no_grad()
@@ -42,7 +43,7 @@ def quantize_into(weight: Tensor, group: int | None, out: Codes) -> None:
     assert packed.is_contiguous() and scale.is_contiguous()
     w = weight.to(torch.bfloat16).contiguous()
     if scale.numel():
-        grid, blocks = _tiling(scale.numel(), group)
+        grid, blocks = _tiling(scale.numel(), group, **_QUANTIZE)
         with torch.cuda.device_of(w):
             _quantize_kernel[grid](w, packed, scale, scale.numel(), group, **blocks)
 
@@ -54,7 +55,7 @@ def dequantize(codes: Codes, group: int | None, dtype: torch.dtype) -> Tensor:
     _groups(8 * packed.shape[-1], group)
     w = scale.new_empty((*packed.shape[:-1], 8 * packed.shape[-1]))
     if scale.numel():
-        grid, blocks = _tiling(scale.numel(), group)
+        grid, blocks = _tiling(scale.numel(), group, **_DEQUANTIZE)
         with torch.cuda.device_of(w):
             _dequantize_kernel[grid](packed, scale, w, scale.numel(), group, **blocks)
     return w.to(dtype)
@@ -126,12 +127,12 @@ def refusal(device_type: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _tiling(n_groups: int, group: int | None) -> tuple[tuple[int], dict[str, int]]:
-    """Grid and block sizes: whole groups, each padded to a power of two of words."""
+def _tiling(n_groups: int, group: int | None, tile: int, warps: int) -> tuple[tuple[int], dict[str, int]]:
+    """Grid, and block sizes with the warps of a program: whole groups, each padded to a power of two of words."""
     assert group is not None  # _groups has refused it
     words = triton.next_power_of_2(group // 8)
-    groups = max(1, _TILE // (8 * words))
-    return (triton.cdiv(n_groups, groups),), {"GROUPS": groups, "WORDS": words}
+    groups = max(1, tile // (8 * words))
+    return (triton.cdiv(n_groups, groups),), {"GROUPS": groups, "WORDS": words, "num_warps": warps}
 
 
 @triton.jit

@@ -47,6 +47,18 @@ def advantages(rewards: Tensor, kind: AdvantageKind) -> Tensor:
     raise ValueError(f"advantage: {kind!r} is not one of ['grpo', 'dr_grpo', 'rloo']")
 
 
+def advantages_of_known(rewards: Tensor, known: Tensor, kind: AdvantageKind) -> Tensor:
+    """`advantages` of the responses whose rewards are known, [P, G] bool, within groups of these alone; 0 of the others.
+
+    The others teach nothing, and neither raise nor lower what a response is compared with.
+    """
+    gained = torch.zeros(rewards.shape, dtype=torch.float32)
+    for row, of_group in enumerate(known):
+        if of_group.any():
+            gained[row, of_group] = advantages(rewards[row, of_group][None], kind)[0]
+    return gained
+
+
 def _centred(rewards: Tensor) -> Tensor:
     if rewards.ndim != 2:
         raise ValueError(f"rewards must be [prompts, group], got shape {list(rewards.shape)}")

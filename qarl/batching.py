@@ -146,6 +146,7 @@ def _micro_batch(samples: Sequence[Sample]) -> MicroBatch:
         if scored
         else None,
         advantages=np.array([s.advantage for s in samples], np.float32),
+        errors=np.array([s.is_error for s in samples], bool),
     )
 
 

@@ -1,4 +1,4 @@
-"""Charts as inline SVG, coloured by the page's CSS (`.c0` … `.c8`), so that one chart serves light and dark pages."""
+"""Charts as inline SVG: the page's CSS colours them (`.c0` … `.c8`), for light and for dark, and dashes them (`.d0` … `.d4`)."""
 
 import math
 from collections.abc import Sequence
@@ -27,6 +27,9 @@ class Series:
     combine: Literal["mean", "max"] = "mean"
     smooth: bool = False
     """Draw the values faintly, and a running mean over about a tenth of them."""
+    dash: int = 0
+    band: tuple[np.ndarray, np.ndarray] | None = None
+    """Lowest and highest per step, shaded behind the line."""
 
 
 @dataclass(frozen=True)
@@ -50,18 +53,25 @@ def line_chart(steps: np.ndarray, series: Sequence[Series], *, log: bool = False
     """`steps` [S] increasing; on a log axis what is not positive is a gap."""
     drawn = []
     for one in series:
-        usable = np.where(np.isfinite(one.values) & ((one.values > TINY) | (not log)), one.values, np.nan)
-        at = np.isfinite(usable) if one.kind == "points" else np.ones(len(steps), dtype=bool)
-        if np.isfinite(usable).any():
-            drawn.append((one, *_combined(steps[at], usable[at], one.combine)))
+        values = _usable(one.values, log)
+        at = np.isfinite(values) if one.kind == "points" else np.ones(len(steps), dtype=bool)
+        if np.isfinite(values).any():
+            rows = [values, *(_usable(edge, log) for edge in one.band or ())]
+            drawn.append((one, [_combined(steps[at], row[at], one.combine) for row in rows]))
     if not drawn:
         return EMPTY
-    finite = np.concatenate([values[np.isfinite(values)] for _, _, values in drawn])
+    finite = np.concatenate([values[np.isfinite(values)] for _, rows in drawn for _, values in rows])
     x, y = _step_axis(steps), _log_axis(finite) if log else _linear_axis(finite)
     body = [_grid(x, y, percent)]
-    body += [(_points if one.kind == "points" else _line)(x, y, at, values, one) for one, at, values in drawn]
-    body.append(_hover(x, steps, [one for one, _, _ in drawn], percent))
-    return _svg(body, ", ".join(one.label for one, _, _ in drawn))
+    body += [_band(x, y, low, high, one.color) for one, (_, *band) in drawn if band for low, high in [band]]
+    body += [(_points if one.kind == "points" else _line)(x, y, *rows[0], one) for one, rows in drawn]
+    body.append(_hover(x, steps, [one for one, _ in drawn], percent))
+    return _svg(body, ", ".join(one.label for one, _ in drawn))
+
+
+def _usable(values: np.ndarray, log: bool) -> np.ndarray:
+    """NaN where the axis has no place for a value."""
+    return np.where(np.isfinite(values) & ((values > TINY) | (not log)), values, np.nan)
 
 
 def area_chart(steps: np.ndarray, series: Sequence[Series]) -> str:
@@ -164,13 +174,13 @@ def _grid(x: Axis, y: Axis, percent: bool) -> str:
     return "".join(parts)
 
 
-def _combined(steps: np.ndarray, values: np.ndarray, how: str) -> tuple[np.ndarray, np.ndarray]:
-    """`values` [S] over at most BUCKETS steps; a bucket without a number stays NaN."""
-    if len(steps) <= BUCKETS:
+def _combined(steps: np.ndarray, values: np.ndarray, how: str, most: int = BUCKETS) -> tuple[np.ndarray, np.ndarray]:
+    """`values` [S] over at most `most` steps; a bucket without a number stays NaN."""
+    if len(steps) <= most:
         return steps, values
-    edges = np.linspace(0, len(steps), BUCKETS + 1).astype(int)
-    out = np.full(BUCKETS, np.nan)
-    for i in range(BUCKETS):
+    edges = np.linspace(0, len(steps), most + 1).astype(int)
+    out = np.full(most, np.nan)
+    for i in range(most):
         part = values[edges[i] : edges[i + 1]]
         part = part[np.isfinite(part)]
         if len(part):
@@ -179,17 +189,32 @@ def _combined(steps: np.ndarray, values: np.ndarray, how: str) -> tuple[np.ndarr
 
 
 def _line(x: Axis, y: Axis, at: np.ndarray, values: np.ndarray, one: Series) -> str:
+    css = f"line c{one.color} d{one.dash}"
     if not (one.smooth and np.isfinite(values).sum() >= 20):
-        return _segments(x, y, at, values, f"line c{one.color}")
-    faint = _segments(x, y, at, values, f"line c{one.color} faint")
-    return faint + _segments(x, y, at, _running_mean(values), f"line c{one.color}")
+        return _segments(x, y, at, values, css)
+    return _segments(x, y, at, values, f"{css} faint") + _segments(x, y, at, _running_mean(values), css)
+
+
+def _band(x: Axis, y: Axis, low: tuple[np.ndarray, np.ndarray], high: tuple[np.ndarray, np.ndarray], color: int) -> str:
+    """Shaded between two lines, each (steps, values), wherever both have a value."""
+    at, floor, top = low[0], low[1], high[1]
+    parts = []
+    for start, end in _runs(np.isfinite(floor) & np.isfinite(top)):
+        there = zip(at[start:end], top[start:end], strict=True)
+        back = zip(at[start:end][::-1], floor[start:end][::-1], strict=True)
+        parts.append(_path(x, y, [*there, *back]) + "Z")
+    return f'<path class="band c{color}" d="{"".join(parts)}"/>' if parts else ""
+
+
+def _runs(where: np.ndarray) -> np.ndarray:
+    """Start and end of each stretch of True, int [N, 2]."""
+    return np.flatnonzero(np.diff(where, prepend=False, append=False)).reshape(-1, 2)
 
 
 def _segments(x: Axis, y: Axis, at: np.ndarray, values: np.ndarray, css: str) -> str:
-    finite = np.isfinite(values)
     parts: list[str] = []
     lonely: list[str] = []
-    for start, end in np.flatnonzero(np.diff(finite, prepend=False, append=False)).reshape(-1, 2):
+    for start, end in _runs(np.isfinite(values)):
         points = list(zip(at[start:end], values[start:end], strict=True))
         (lonely if end - start == 1 else parts).append(_path(x, y, points))
     dots = "".join(f'<circle class="dot {css}" cx="{p[1:].split()[0]}" cy="{p.split()[1]}" r="2"/>' for p in lonely)
@@ -198,7 +223,7 @@ def _segments(x: Axis, y: Axis, at: np.ndarray, values: np.ndarray, css: str) ->
 
 def _points(x: Axis, y: Axis, at: np.ndarray, values: np.ndarray, one: Series) -> str:
     points = list(zip(at, values, strict=True))
-    line = f'<path class="line c{one.color}" d="{_path(x, y, points)}"/>' if len(points) > 1 else ""
+    line = f'<path class="line c{one.color} d{one.dash}" d="{_path(x, y, points)}"/>' if len(points) > 1 else ""
     radius = 3.5 if len(points) <= 40 else 2
     return line + "".join(
         f'<circle class="mark c{one.color}" cx="{x(a)}" cy="{y(v)}" r="{radius}"/>' for a, v in points
@@ -220,8 +245,11 @@ def _running_mean(values: np.ndarray) -> np.ndarray:
 
 
 def _hover(x: Axis, steps: np.ndarray, series: Sequence[Series], percent: bool) -> str:
-    """A column a step (or bucket) that lights up under the mouse and tells its numbers; no script is needed."""
-    combined = [_combined(steps, s.values, s.combine) for s in series]
+    """A column a step (or bucket) that lights up under the mouse and tells its numbers; no script is needed. The more
+    lines, the fewer columns: the page stays small.
+    """
+    most = min(BUCKETS, max(BUCKETS // 4, 2 * BUCKETS // len(series)))
+    combined = [_combined(steps, s.values, s.combine, most) for s in series]
     at = combined[0][0]
     parts = []
     for i, step in enumerate(at):

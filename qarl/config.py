@@ -6,7 +6,7 @@ Hydra composes YAML into a plain mapping, `qarl.build` makes this tree of it. De
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from qarl import formats
@@ -384,19 +384,86 @@ class SyncConfig:
 
 
 @dataclass(frozen=True)
-class GuardConfig:
-    """When a run is stopped, with its state saved and a non-zero exit."""
+class CorrectLimits:
+    """Beyond these a step is corrected, as `qarl.guard` says. `None`: never."""
 
-    max_mismatch: float = 1.0
-    """`mismatch/mean_abs`, nats a token."""
-    max_grad_norm: float = 1e4
-    """Before clipping; NaN and infinity always stop."""
+    mismatch: float | None = None
+    """`mismatch/mean_abs`, nats a token, at most."""
+    ess: float | None = None
+    """`mismatch/ess_token`, a share, at least."""
+    kl: float | None = None
+    """`objective/kl_step`, nats a token, at most; with `algorithm.mini_batches=1` it is always 0."""
+    grad_norm: float | None = None
+    """`grad_norm`, before clipping, at most."""
+    timeouts: float | None = None
+    """`reward/timeout_share`, at most."""
+
+    def check(self, level: str) -> None:
+        """Raise `ConfigError` for a limit that is none."""
+        for limit in fields(self):
+            value, key = getattr(self, limit.name), f"guard.{level}.{limit.name}"
+            if value is not None and limit.name in ("ess", "error_share", "timeouts"):
+                _require(0 <= value < 1, f"{key}: a share, must be at least 0 and below 1, got {value}")
+            elif value is not None and limit.name == "entropy_drift":
+                _require(value > 1, f"{key}: a factor, must be above 1, got {value}")
+            elif value is not None:
+                _positive(key, value)
+
+
+@dataclass(frozen=True)
+class Limits(CorrectLimits):
+    """Of everything that is watched."""
+
+    entropy_drift: float | None = None
+    """`guard/entropy_drift`, a factor to either side, at most."""
+    error_share: float | None = None
+    """`error_tokens/share`, at most."""
+
+
+@dataclass(frozen=True)
+class WarnLimits(Limits):
+    """Beyond these the terminal says so, once, and the run goes on."""
+
+    mismatch: float | None = 0.1
+    """As in `correct`; the quickstart differs by 1e-3."""
+    ess: float | None = 0.5
+    """As in `correct`: half of the tokens would not count."""
+    kl: float | None = 0.1
+    """As in `correct`; a ratio of 1.3 at every token is 0.04."""
+    error_share: float | None = 0.5
+    """`error_tokens/share`: most responses are loops or garbage."""
+    timeouts: float | None = 0.1
+    """As in `correct`: one in ten is scored wrong without having been read."""
+
+
+@dataclass(frozen=True)
+class StopLimits(Limits):
+    """After `patience` steps in a row beyond these the run stops; NaN and infinity stop it at once."""
+
+    mismatch: float | None = 1.0
+    """As in `correct`: sampler and learner are different policies."""
+    grad_norm: float | None = 1e4
+    """As in `correct`: far beyond what clipping is for."""
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """When a run is warned about, corrected, and stopped with its state saved and a non-zero exit."""
+
+    warn: WarnLimits = field(default_factory=WarnLimits)
+    """Said."""
+    correct: CorrectLimits = field(default_factory=CorrectLimits)
+    """Acted upon, in the same step."""
+    stop: StopLimits = field(default_factory=StopLimits)
+    """The end."""
     patience: int = 3
     """Steps in a row beyond a limit before the run stops."""
 
     def __post_init__(self) -> None:
-        for name in ("max_mismatch", "max_grad_norm", "patience"):
-            _positive(f"guard.{name}", getattr(self, name))
+        self.warn.check("warn")
+        self.correct.check("correct")
+        self.stop.check("stop")
+        _positive("guard.patience", self.patience)
 
 
 @dataclass(frozen=True)

@@ -1,59 +1,184 @@
-"""Stops a run whose numbers no longer mean anything."""
+"""Watches a run: says early what is off, corrects what can be, and stops when the numbers no longer mean anything.
+
+A step asks in this order, and every answer is said with what was seen, its usual cause and what to change:
+
+    leaves_out_timeouts     correct  timeouts       those responses are left out of their groups instead of counting as wrong
+    trusts                  correct  mismatch, ess  the rollout is not learnt from; the next sync reads every quantized tensor back
+    goes_on                 correct  kl, grad_norm  after an optimizer step: the rest of the rollout's mini-batches is skipped
+    look                    warn     all            said once, when a row of steps beyond the limit begins
+    enforce                 stop     all            `DivergenceError`: NaN or infinity at once, else after guard.patience steps
+"""
+
+from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from qarl.config import GuardConfig
 from qarl.errors import DivergenceError
+from qarl.measure import step_kl
+from qarl.records import UpdateStats
 
-CAUSES = {
-    "mismatch/mean_abs": (
-        "the learner does not compute what the engine serves (learner.backend=none, or a learner that has moved "
-        "far from the published weights), or the policy writes tokens that neither side can score well",
-        "use learner.backend=auto, lower learner.optimizer.lr, or allow more with guard.max_mismatch",
+
+class Watch(NamedTuple):
+    """What one limit is about."""
+
+    metric: str
+    cause: str
+    """What usually makes it exceed the limit."""
+    change: str
+    below: bool = False
+    """The limit is the least that is right, not the most."""
+
+
+WATCHES = {
+    "mismatch": Watch(
+        "mismatch/mean_abs",
+        "the engine serves other weights or scales than the learner computes with, or the learner does not compute what the "
+        "engine serves (learner.backend=none)",
+        "raise sync.tiles and sync.canaries, lower sync.tile_tolerance and sync.canary_tolerance: the proof of a sync names the "
+        "tensor; use learner.backend=auto",
     ),
-    "grad_norm": (
+    "ess": Watch(
+        "mismatch/ess_token",
+        "a few tokens have probabilities that engine and learner do not agree on at all: a damaged layer or router, or error "
+        "tokens, which are unlikely to both",
+        "look at mismatch/max_abs and error_tokens/share; bound the weights with algorithm.objective.correction; use "
+        "learner.backend=auto",
+        below=True,
+    ),
+    "kl": Watch(
+        "objective/kl_step",
+        "the updates of one rollout move the policy far: the learning rate is too high, or algorithm.mini_batches too many",
+        "lower learner.optimizer.lr or algorithm.mini_batches, add learner.optimizer.warmup, or choose narrower "
+        "algorithm.objective.bounds",
+    ),
+    "grad_norm": Watch(
+        "grad_norm",
         "the learning rate is too high, or a few responses with huge ratios dominate the update",
-        "lower learner.optimizer.lr or add learner.optimizer.warmup, choose an objective that bounds negative "
-        "responses (algorithm=tbpo), or allow more with guard.max_grad_norm",
+        "lower learner.optimizer.lr or add learner.optimizer.warmup, or choose an objective that bounds negative responses "
+        "(algorithm=tbpo)",
+    ),
+    "entropy_drift": Watch(
+        "guard/entropy_drift",
+        "entropy that fell: the policy repeats one answer; that rose: it learns from error tokens, or falls apart",
+        "if it fell, raise algorithm.objective.entropy_coefficient or rollout.sampling.temperature; if it rose, lower "
+        "learner.optimizer.lr and look at error_tokens/share and error_tokens/gradient",
+    ),
+    "error_share": Watch(
+        "error_tokens/share",
+        "the policy writes loops or garbage: responses far longer than it can hold together at this format, or an update that "
+        "broke it",
+        "lower rollout.sampling.max_tokens or learner.optimizer.lr, choose algorithm=tbpo, or a format of more bits "
+        "(rollout.format)",
+    ),
+    "timeouts": Watch(
+        "reward/timeout_share",
+        "the scorer is too slow for these responses, or the machine too busy for reward.workers",
+        "raise reward.timeout_s, or lower reward.max_chars or reward.workers",
     ),
 }
-"""What is watched -> what usually makes it large, what to change."""
+"""Name of a limit, in `guard.warn`, `guard.correct` and `guard.stop` -> what is watched."""
 
 
 class Guard:
-    """Holds nothing but how long each limit has been exceeded; a resumed run starts counting at zero."""
+    """Owns what it remembers between steps: `state` goes into checkpoints, so that a resumed run is judged as a whole one."""
 
-    def __init__(self, config: GuardConfig) -> None:
-        self._limits = {
-            "mismatch/mean_abs": ("guard.max_mismatch", config.max_mismatch),
-            "grad_norm": ("guard.max_grad_norm", config.max_grad_norm),
-        }
-        self._patience = config.patience
-        self._exceeded: dict[str, list[float]] = {name: [] for name in self._limits}
+    def __init__(self, config: GuardConfig, say: Callable[[str], None]) -> None:
+        self._config, self._say = config, say
+        self.reads_back = False
+        """The next sync is to compare every quantized tensor."""
+        self._warned: dict[str, bool] = {}
+        """Limits that the last step with their metric was beyond."""
+        self._beyond: dict[str, list[float]] = {}
+        """What was seen in a row beyond the limits that stop."""
+        self._first_entropy: float | None = None
+        self._corrected: set[str] = set()
+        """In this step."""
+        self._stop: str | None = None
 
-    def check(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Raises DivergenceError: at once for NaN or infinity, after `patience` steps in a row for a limit.
+    def leaves_out_timeouts(self, step: int, row: Mapping[str, float]) -> bool:
+        """Whether responses that were not scored in time are left out of their groups."""
+        return self._correct(step, "timeouts", row, "the responses that timed out are left out of their groups")
 
-        A step without a metric (nothing to learn from) neither counts nor interrupts the row.
-        """
-        for name, (key, limit) in self._limits.items():
-            if name not in metrics:
-                continue
-            value, seen = metrics[name], self._exceeded[name]
-            if not math.isfinite(value):
-                raise DivergenceError(_message(step, name, f"is {value}"))
-            if value <= limit:
-                seen.clear()
-                continue
-            seen.append(value)
-            if len(seen) >= self._patience:
-                values = ", ".join(f"{v:.4g}" for v in seen)
-                raise DivergenceError(
-                    _message(step, name, f"was {values} in {len(seen)} steps in a row, {key}={limit:g}")
-                )
+    def trusts(self, step: int, row: Mapping[str, float]) -> bool:
+        """Whether the rollout is to be learnt from."""
+        done = "this rollout is not learnt from, and the next sync reads every quantized tensor back"
+        self.reads_back = any([self._correct(step, name, row, done) for name in ("mismatch", "ess")])
+        return not self.reads_back
+
+    def goes_on(self, step: int, update: UpdateStats) -> bool:
+        """Whether the mini-batches after this update are to be learnt from."""
+        row = {"objective/kl_step": step_kl([update]), "grad_norm": update.grad_norm}
+        done = "the mini-batches that are left of this rollout are skipped"
+        return not any([self._correct(step, name, row, done) for name in ("kl", "grad_norm")])
+
+    def look(self, step: int, row: Mapping[str, float]) -> dict[str, float]:
+        """Judge a finished step; returns the metrics `guard/*`. A step without a metric (nothing to learn from) neither counts
+        nor interrupts a row of steps."""
+        left_out = row["reward/timeouts"] if "timeouts" in self._corrected else 0.0
+        own = {"guard/corrections": float(len(self._corrected)), "guard/left_out": left_out}
+        entropy = row.get("entropy", 0.0)
+        if entropy > 0 or math.isnan(entropy):
+            self._first_entropy = self._first_entropy or entropy
+            own["guard/entropy_drift"] = max(entropy / self._first_entropy, self._first_entropy / entropy)
+        seen = {**row, **own}
+        for name, watch in WATCHES.items():
+            if watch.metric in seen:
+                self._warn(step, name, seen[watch.metric])
+                self._count(step, name, seen[watch.metric])
+        self._corrected.clear()
+        return {**own, "guard/warnings": float(sum(self._warned.values()))}
+
+    def enforce(self) -> None:
+        """Raise `DivergenceError` where the step that was looked at is one too many."""
+        if self._stop:
+            raise DivergenceError(self._stop)
+
+    def state(self) -> dict[str, Any]:
+        """For `restore`, in JSON."""
+        memory = (self.reads_back, self._warned, self._beyond, self._first_entropy)
+        return dict(zip(("reads_back", "warned", "beyond", "first_entropy"), memory, strict=True))
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.reads_back, self._first_entropy = state["reads_back"], state["first_entropy"]
+        self._warned, self._beyond = dict(state["warned"]), {name: list(seen) for name, seen in state["beyond"].items()}
+
+    def _correct(self, step: int, name: str, row: Mapping[str, float], done: str) -> bool:
+        value, limit = row[WATCHES[name].metric], getattr(self._config.correct, name)
+        if not _exceeds(name, value, limit):
+            return False
+        self._corrected.add(name)
+        self._say(_message(step, name, f"is {value:.4g}, guard.correct.{name}={limit:g}: {done}"))
+        return True
+
+    def _warn(self, step: int, name: str, value: float) -> None:
+        limit = getattr(self._config.warn, name)
+        before, self._warned[name] = self._warned.get(name, False), _exceeds(name, value, limit)
+        if self._warned[name] and not before and name not in self._corrected:
+            self._say(_message(step, name, f"is {value:.4g}, guard.warn.{name}={limit:g}"))
+
+    def _count(self, step: int, name: str, value: float) -> None:
+        limit = getattr(self._config.stop, name)
+        if not math.isfinite(value):
+            self._stop = self._stop or _message(step, name, f"is {value}")
+        if not _exceeds(name, value, limit):
+            self._beyond.pop(name, None)
+            return
+        seen = self._beyond.setdefault(name, [])
+        seen.append(value)
+        if len(seen) >= self._config.patience:
+            values = ", ".join(f"{v:.4g}" for v in seen)
+            saw = f"was {values} in {len(seen)} steps in a row, guard.stop.{name}={limit:g}"
+            self._stop = self._stop or _message(step, name, saw)
+
+
+def _exceeds(name: str, value: float, limit: float | None) -> bool:
+    """Not a number is beyond every limit there is."""
+    return limit is not None and not (value >= limit if WATCHES[name].below else value <= limit)
 
 
 def _message(step: int, name: str, saw: str) -> str:
-    cause, change = CAUSES[name]
-    return f"step {step}: {name} {saw}.\n  Usual cause: {cause}.\n  What to change: {change}."
+    watch = WATCHES[name]
+    return f"step {step}: {watch.metric} {saw}.\n  Usual cause: {watch.cause}.\n  What to change: {watch.change}."

@@ -7,10 +7,11 @@ so the last row, after the last update, holds an accuracy and no rollout.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from qarl import checkpoint
-from qarl.cluster import Cluster
+from qarl.cluster import Cluster, LearnerGroup
 from qarl.config import RunConfig
 from qarl.errors import CheckpointError, DivergenceError
 from qarl.evaluation import evaluate
@@ -18,7 +19,7 @@ from qarl.guard import Guard
 from qarl.measure import Stopwatch, reward_metrics, sample_metrics, update_metrics
 from qarl.metrics import Metrics
 from qarl.prepare import Inputs, prepare, say
-from qarl.records import Sampling
+from qarl.records import Sample, Sampling, UpdateStats
 from qarl.report import write_report
 from qarl.rewards import Rewarder
 from qarl.rundir import RunDir, check_resume, open_run
@@ -37,25 +38,32 @@ def run(config: RunConfig) -> None:
     with Rewarder(config.reward) as rewarder, Cluster.open(config, inputs.model) as cluster:
         standing = cluster.learner.standing
         say(f"{config.rollout.format}: {standing.coverage}; learner: {standing.arithmetic}")
-        restore(run_dir, cluster, inputs)  # before the metrics of steps to be done again are moved aside
+        guard = Guard(config.guard, say)
+        restore(run_dir, cluster, inputs, guard)  # before the metrics of steps to be done again are moved aside
         with Metrics.open(run_dir.path, config, run_dir.first_step) as metrics:
-            train(config, run_dir, inputs, cluster, rewarder, metrics)
+            train(config, run_dir, inputs, cluster, rewarder, metrics, guard)
     closing = conclude(config, run_dir.path, time.perf_counter() - started)
     write_report(run_dir.path)
     print(closing)
 
 
 def train(
-    config: RunConfig, run_dir: RunDir, inputs: Inputs, cluster: Cluster, rewarder: Rewarder, metrics: Metrics
+    config: RunConfig,
+    run_dir: RunDir,
+    inputs: Inputs,
+    cluster: Cluster,
+    rewarder: Rewarder,
+    metrics: Metrics,
+    guard: Guard,
 ) -> None:
     """The algorithm."""
     learner, sampler, prompts = cluster.learner, cluster.sampler, inputs.train
     algorithm, sampling = config.algorithm, config.rollout.sampling
-    guard, watch = Guard(config.guard), Stopwatch()
+    watch = Stopwatch()
 
     for step in range(run_dir.first_step, config.steps + 1):
         with watch("publish"):
-            row = sync(config, learner, sampler, step, inputs.canaries)
+            row = sync(config, learner, sampler, step, inputs.canaries, guard.reads_back)
         if _due(config.evaluation.every, step) or step in (0, config.steps):
             with watch("evaluate"):
                 row["accuracy/heldout"] = _accuracy(config, cluster, rewarder, inputs)
@@ -72,35 +80,50 @@ def train(
         check_version(completions, step)
         with watch("reward"):
             rewards = rewarder.score([c.text for c in completions], [p for p in asked for _ in range(algorithm.group)])
-            samples = to_samples(asked, completions, rewards.values, algorithm.advantage)
+            row |= reward_metrics(rewards)
+            left_out = rewards.timed_out if guard.leaves_out_timeouts(step, row) else None
+            samples = to_samples(asked, completions, rewards.values, algorithm.advantage, left_out)
         with watch("score"):
             samples = score(learner, samples)
+            row |= sample_metrics(samples, algorithm.group)
         with watch("learn"):
-            order = mini_batch_order(config.seed, step, len(samples))
-            parts = deal(samples, order, algorithm.mini_batches, learner.ranks, learner.tokens)
             try:
-                updates = [learner.update(part) for part in parts]
+                updates = learn(config, learner, samples, guard, step) if guard.trusts(step, row) else []
             except DivergenceError as error:
-                raise _saved(error, config, run_dir, cluster, inputs, step) from error
+                raise _saved(error, config, run_dir, cluster, inputs, guard, step) from error
 
-        row |= reward_metrics(rewards) | sample_metrics(samples, algorithm.group) | update_metrics(updates)
-        row["engine/restarts"] = sampler.restarted
-        row |= watch.lap()
+        row |= update_metrics(updates)
+        row |= {"guard/skipped_updates": algorithm.mini_batches - len(updates), "engine/restarts": sampler.restarted}
+        row |= guard.look(step, row) | watch.lap()
         row["tokens_per_s"] = row["tokens"] / row["time/step_s"]
         with watch("log"):
             metrics.log(step, row)
             metrics.log_samples(step, samples, {p.id: p for p in asked})
         try:
-            guard.check(step, row)
+            guard.enforce()
         except DivergenceError as error:
-            raise _saved(error, config, run_dir, cluster, inputs, step + 1) from error
+            raise _saved(error, config, run_dir, cluster, inputs, guard, step + 1) from error
         if _due(config.checkpoint.every, step + 1) or step + 1 == config.steps:
             with watch("checkpoint"):
-                save(run_dir.checkpoints, config, cluster, inputs, step + 1)
+                save(run_dir.checkpoints, config, cluster, inputs, guard, step + 1)
 
 
-def restore(run_dir: RunDir, cluster: Cluster, inputs: Inputs) -> None:
-    """Learner and prompt stream as they were; raises `CheckpointError` where the checkpoint is of another contract."""
+def learn(
+    config: RunConfig, learner: LearnerGroup, samples: Sequence[Sample], guard: Guard, step: int
+) -> list[UpdateStats]:
+    """An optimizer step on each mini-batch of a rollout, as long as the guard lets them go on. Raises `DivergenceError`."""
+    order = mini_batch_order(config.seed, step, len(samples))
+    parts = deal(samples, order, config.algorithm.mini_batches, learner.ranks, learner.tokens)
+    updates: list[UpdateStats] = []
+    for part in parts:
+        updates.append(learner.update(part))
+        if not guard.goes_on(step, updates[-1]):
+            break
+    return updates
+
+
+def restore(run_dir: RunDir, cluster: Cluster, inputs: Inputs, guard: Guard) -> None:
+    """Learner, prompt stream and guard as they were; raises `CheckpointError` where the checkpoint is of another contract."""
     if run_dir.resumed is None:
         return
     saved, mine = run_dir.resumed.state["contract_hash"], cluster.learner.standing.contract_hash
@@ -108,25 +131,33 @@ def restore(run_dir: RunDir, cluster: Cluster, inputs: Inputs) -> None:
         raise CheckpointError(f"{run_dir.resumed.folder} was made under contract {saved}, this run's is {mine}")
     cluster.learner.load(run_dir.resumed.folder)
     inputs.train.restore(run_dir.resumed.state["prompts"])
+    guard.restore(run_dir.resumed.state["guard"])
     say(f"resumed from {run_dir.resumed.folder}")
 
 
-def save(root: Path, config: RunConfig, cluster: Cluster, inputs: Inputs, step: int) -> Path:
+def save(root: Path, config: RunConfig, cluster: Cluster, inputs: Inputs, guard: Guard, step: int) -> Path:
     """A checkpoint after `step` steps, complete or not there."""
     state = {
         "step": step,
         "contract_hash": cluster.learner.standing.contract_hash,
         "format": config.rollout.format,
         "prompts": inputs.train.state(),
+        "guard": guard.state(),
     }
     return checkpoint.save(root, state, cluster.learner.save, config.checkpoint.keep)
 
 
 def _saved(
-    error: DivergenceError, config: RunConfig, run_dir: RunDir, cluster: Cluster, inputs: Inputs, step: int
+    error: DivergenceError,
+    config: RunConfig,
+    run_dir: RunDir,
+    cluster: Cluster,
+    inputs: Inputs,
+    guard: Guard,
+    step: int,
 ) -> DivergenceError:
     """The error, once the state it happened in is on disk, apart from the checkpoints that a resume looks at."""
-    folder = save(run_dir.path / "diverged", config, cluster, inputs, step)
+    folder = save(run_dir.path / "diverged", config, cluster, inputs, guard, step)
     last = checkpoint.newest(run_dir.checkpoints)
     healthy = f"resume=auto continues from {last.folder}" if last else "there is no earlier checkpoint"
     return DivergenceError(f"{error}\n  The state is saved in {folder}; {healthy}.")

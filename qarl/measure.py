@@ -34,7 +34,11 @@ class Stopwatch(Stages):
 
 def reward_metrics(rewards: Rewards) -> dict[str, float]:
     """What became of the scoring itself."""
-    return {"reward/timeouts": float(rewards.timeouts), "reward/crashes": float(rewards.crashes)}
+    return {
+        "reward/timeouts": float(rewards.timeouts),
+        "reward/timeout_share": float(rewards.timed_out.mean()),
+        "reward/crashes": float(rewards.crashes),
+    }
 
 
 def sample_metrics(samples: Sequence[Sample], group: int) -> dict[str, float]:
@@ -56,21 +60,35 @@ def sample_metrics(samples: Sequence[Sample], group: int) -> dict[str, float]:
         "length/truncated": float(np.mean([s.completion.finish == "length" for s in samples])),
         "tokens": lengths.sum(),
         **mismatch_statistics(old, sampler, sequence, len(samples)),
-        **error_token_metrics([s.completion.tokens for s in samples]),
+        **error_token_metrics([s.repetition for s in samples], [s.garbling for s in samples]),
     }
 
 
 def update_metrics(updates: Sequence[UpdateStats]) -> dict[str, float]:
-    """What the optimizer steps of one rollout saw: shares over all of them, the largest gradient norm, the last rate."""
+    """What the optimizer steps of one rollout saw: shares over all of them, the largest KL and gradient norm, the last rate.
+    Nothing where there was none."""
+    if not updates:
+        return {}
     seconds = {f"learn/{stage}_s": sum(u.seconds.get(stage, 0.0) for u in updates) for stage in updates[0].seconds}
     sums = combine([u.sums for u in updates])
     sums["loss"] /= len(updates)  # each update's is a mean over its own mini-batch already
     return {
         **finalize(sums),
-        "grad_norm": max((u.grad_norm for u in updates), key=lambda n: (n != n, n)),
+        "objective/kl_step": step_kl(updates),
+        "grad_norm": _largest([u.grad_norm for u in updates]),
         "lr": updates[-1].lr,
         **seconds,
     }
+
+
+def step_kl(updates: Sequence[UpdateStats]) -> float:
+    """Largest KL(published || current learner) that an update of one rollout began with, nats a token."""
+    return _largest([finalize(u.sums)["objective/kl_step"] for u in updates])
+
+
+def _largest(values: Sequence[float]) -> float:
+    """NaN where one is."""
+    return max(values, key=lambda v: (v != v, v))
 
 
 def _packed(parts: Sequence[np.ndarray]) -> torch.Tensor:

@@ -5,12 +5,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import os
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 from rich.console import Console
 
@@ -18,6 +15,7 @@ from qarl.config import RunConfig
 from qarl.jsonl import StepLog
 from qarl.progress import ProgressDisplay
 from qarl.records import Prompt, Sample
+from qarl.wandb_run import WandbRun
 
 
 class Metric(NamedTuple):
@@ -36,6 +34,7 @@ METRICS = {
         "share", "groups whose responses all got the same reward: nothing to learn from", ".1%"
     ),
     "reward/timeouts": Metric("responses", "scored 0 because the reward did not answer in time", ".0f"),
+    "reward/timeout_share": Metric("share", "of the responses of the step", ".1%"),
     "reward/crashes": Metric("responses", "scored 0 because the reward's process died", ".0f"),
     "accuracy/heldout": Metric("share", "held-out prompts answered right, by the engine at the run's format", ".1%"),
     "length/mean": Metric("tokens", "mean response", ".1f"),
@@ -65,11 +64,34 @@ METRICS = {
     "objective/ratio_mean": Metric("ratio", "mean of current over published learner before clipping", ".5f"),
     "objective/ratio_max": Metric("ratio", "largest of current over published learner before clipping", ".3f"),
     "objective/kl": Metric("nats a token", "KL to the reference policy; 0 without one", ".2e"),
+    "objective/kl_step": Metric(
+        "nats a token", "KL(published || current learner), the largest that an update of the step began with", ".2e"
+    ),
     "objective/dropped_sequences": Metric("responses", "left out: empty, or with a non-finite log-prob", ".0f"),
     "error_tokens/repetition_rate": Metric(
         "share", "tokens inside loops of repeated n-grams, mean over responses", ".1%"
     ),
-    "error_tokens/share": Metric("share", "responses of which more than half is such a loop", ".1%"),
+    "error_tokens/garbling_rate": Metric(
+        "share", "characters damaged or in a salad of scripts, mean over responses", ".1%"
+    ),
+    "error_tokens/share": Metric("share", "responses of which more than half is loops, or is garbled", ".1%"),
+    "error_tokens/ratio": Metric("ratio", "mean of current over published learner, of error responses", ".5f"),
+    "error_tokens/rest_ratio": Metric("ratio", "the same of the other responses", ".5f"),
+    "error_tokens/negative": Metric("share", "of units of error responses: A < 0", ".1%"),
+    "error_tokens/rest_negative": Metric("share", "of units of the other responses: A < 0", ".1%"),
+    "error_tokens/clip_positive_high": Metric(
+        "share", "of units of error responses: clipped, A > 0, ratio high", ".1%"
+    ),
+    "error_tokens/rest_clip_positive_high": Metric("share", "the same of the other responses", ".1%"),
+    "error_tokens/clip_negative_low": Metric("share", "of units of error responses: clipped, A < 0, ratio low", ".1%"),
+    "error_tokens/rest_clip_negative_low": Metric("share", "the same of the other responses", ".1%"),
+    "error_tokens/clip_negative_high": Metric(
+        "share", "of units of error responses: clipped, A < 0, ratio high", ".1%"
+    ),
+    "error_tokens/rest_clip_negative_high": Metric("share", "the same of the other responses", ".1%"),
+    "error_tokens/gradient": Metric(
+        "share", "of the policy term's gradient at the logits (L1 norm) that error responses have", ".1%"
+    ),
     "entropy": Metric("nats a token", "of the learner's distribution at response tokens", ".3f"),
     "grad_norm": Metric("1", "largest of the step's gradient norms, before clipping", ".3g"),
     "lr": Metric("1", "learning rate of the step's last update", ".2e"),
@@ -101,6 +123,14 @@ METRICS = {
     "sync/gb": Metric("GB", "bytes that travelled, 1e9 of them", ".3f"),
     "sync/tile_error": Metric("share", "largest |served - published| weight, over the tensor's largest", ".2e"),
     "sync/canary": Metric("nats a token", "mean |engine - learner| log-prob of the canaries", ".2e"),
+    "guard/warnings": Metric("limits", "of guard.warn that the step is beyond", ".0f"),
+    "guard/corrections": Metric("limits", "of guard.correct that the step was beyond and corrected for", ".0f"),
+    "guard/left_out": Metric("responses", "timed out, and left out of their groups instead of counted as wrong", ".0f"),
+    "guard/skipped_updates": Metric("updates", "mini-batches that were not learnt from", ".0f"),
+    "guard/read_back": Metric("1", "1: the sync compared every quantized tensor, because of the step before", ".0f"),
+    "guard/entropy_drift": Metric(
+        "factor", "entropy over that of the run's first step, or the inverse: above 1", ".2f"
+    ),
     "engine/restarts": Metric("restarts", "of a dead engine, since the run began", ".0f"),
 }
 """Name -> unit, meaning, how it is shown. A share lies between 0 and 1."""
@@ -110,7 +140,6 @@ STAGES = tuple(name for name in METRICS if name.startswith("time/") and name != 
 
 SAMPLES_A_STEP = 3
 SAMPLE_CHARS = 4000
-WANDB_SECONDS = 60
 
 
 def show(name: str, value: float) -> str:
@@ -124,14 +153,14 @@ class Metrics:
     def __init__(self, run_dir: Path, config: RunConfig, first_step: int, console: Console) -> None:
         self._rows = StepLog(run_dir / "metrics.jsonl", first_step)
         self._samples = StepLog(run_dir / "samples.jsonl", first_step)
-        self._wandb = Wandb(run_dir, config, first_step > 0, console)
+        self._wandb = WandbRun(run_dir, config, console)
         self._display = ProgressDisplay(config.steps, first_step, console) if config.logging.progress else None
         self._next = first_step
 
     @classmethod
     def open(cls, run_dir: Path, config: RunConfig, first_step: int = 0, console: Console | None = None) -> Metrics:
         """`first_step`: the first that will be logged, as many as lie behind. Above 0, the run in `run_dir` is
-        continued, and so is its W&B run.
+        continued; its W&B run is continued whenever the folder has one.
         """
         run_dir.mkdir(parents=True, exist_ok=True)
         return cls(run_dir, config, first_step, console or Console(stderr=True))
@@ -161,6 +190,7 @@ class Metrics:
     def log_samples(self, step: int, samples: Sequence[Sample], prompts: Mapping[int, Prompt]) -> None:
         """One response of each of the first three prompts of a step, for the report."""
         first = {sample.completion.prompt: sample for sample in reversed(samples)}
+        rows = []
         for prompt_id in list(dict.fromkeys(s.completion.prompt for s in samples))[:SAMPLES_A_STEP]:
             sample, prompt = first[prompt_id], prompts[prompt_id]
             text = {"prompt": prompt.text, "response": sample.completion.text, "answer": prompt.answer}
@@ -169,8 +199,12 @@ class Metrics:
                 "reward": float(sample.reward),
                 "tokens": len(sample.completion.tokens),
                 "finish": sample.completion.finish,
+                "repetition": sample.repetition,
+                "garbling": sample.garbling,
             }
-            self._samples.append(step, {name: _ends(value) for name, value in text.items()} | about)
+            rows.append({name: _ends(value) for name, value in text.items()} | about)
+            self._samples.append(step, rows[-1])
+        self._wandb.log_samples(step, rows)
 
 
 def facts(row: Mapping[str, float]) -> str:
@@ -185,84 +219,4 @@ def _ends(text: str) -> str:
     half = SAMPLE_CHARS // 2
     return (
         text if len(text) <= SAMPLE_CHARS else f"{text[:half]}\n[… {len(text) - 2 * half} characters …]\n{text[-half:]}"
-    )
-
-
-class Wandb:
-    """A W&B run that can never end ours: what goes wrong is said once, loudly, and `metrics.jsonl` has everything.
-
-    Offline runs lie in `run_dir/wandb`; `wandb sync --append` joins the folders of a resumed run, which share an id.
-    Where steps are done again, W&B keeps the first values it saw.
-    """
-
-    def __init__(self, run_dir: Path, config: RunConfig, resumed: bool, console: Console) -> None:
-        self._console = console
-        self._run: Any = None
-        if config.logging.wandb == "disabled":
-            return
-        id_file = run_dir / "wandb_id"
-        run_id = id_file.read_text().strip() if resumed and id_file.exists() else secrets.token_hex(4)
-        id_file.write_text(run_id + "\n")
-        try:
-            self._run = _init(run_dir, config, run_id, config.logging.wandb)
-        except Exception as error:  # wandb raises whatever its network, its service process and its key checks raise
-            self._say(f"could not start {config.logging.wandb}: {error}")
-            if config.logging.wandb == "online":
-                self._offline_instead(run_dir, config, run_id)
-
-    def _offline_instead(self, run_dir: Path, config: RunConfig, run_id: str) -> None:
-        import wandb
-
-        try:
-            wandb.teardown()  # the service process of the failed attempt holds the run id
-            self._run = _init(run_dir, config, run_id, "offline")
-            self._console.print(
-                f"W&B: recording offline instead; upload with `wandb sync {run_dir}/wandb/offline-run-*`"
-            )
-        except Exception as error:
-            self._say(f"could not start offline either: {error}")
-
-    def log(self, step: int, row: Mapping[str, float]) -> None:
-        if self._run is not None:
-            try:
-                self._run.log(dict(row), step=step)
-            except Exception as error:
-                self._say(f"stopped at step {step}: {error}")
-                self._run = None
-
-    def finish(self, failed: bool) -> None:
-        if self._run is not None:
-            try:
-                self._run.finish(exit_code=1 if failed else 0)
-            except Exception as error:
-                self._say(f"could not finish: {error}")
-
-    def _say(self, what: str) -> None:
-        self._console.print(
-            f"W&B {what}\nThe run goes on; metrics.jsonl has every number.", style="bold red", markup=False
-        )
-
-
-def _init(run_dir: Path, config: RunConfig, run_id: str, mode: Literal["offline", "online"]) -> Any:
-    if mode == "offline":
-        os.environ.setdefault(
-            "WANDB_ERROR_REPORTING", "false"
-        )  # read at import: its crash reports would use the network
-    import wandb  # nearly two seconds
-
-    return wandb.init(
-        project=config.logging.project,
-        name=config.name,
-        id=run_id,
-        resume="allow" if mode == "online" else None,
-        mode=mode,
-        dir=run_dir,
-        config=dataclasses.asdict(config),
-        settings=wandb.Settings(
-            silent=True,
-            console="off",  # it would capture the progress display
-            init_timeout=WANDB_SECONDS,
-            finish_timeout=WANDB_SECONDS,
-            finish_timeout_raises=True,
-        ),
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qarl.algorithm import Bounds, KLEstimator, Objective
 from qarl.corrections import Corrected, correction_weights
-from qarl.packed import bounded_exp, lengths, segment_mean, valid_sequences
+from qarl.packed import LOG_RATIO_LIMIT, bounded_exp, lengths, segment_mean, valid_sequences
 
 SUMS = {
     "loss": "what was minimised, penalties included",
@@ -31,9 +31,27 @@ SUMS = {
     "correction_high": "units whose mismatch weight exceeded the cap",
     "correction_low": "units whose mismatch weight fell under the floor",
     "kl": "sum over tokens of the KL estimate, nats; 0 without a reference",
+    "kl_step": "sum over tokens of the k3 estimate of KL(published || current learner), nats",
     "entropy": "sum over tokens of the entropy, nats; 0 where none was given",
+    "gradient": "sum over tokens of the L1 norm of the policy term's gradient at their logits: `logit_gradient`",
+    "error_gradient": "what of it is that of error responses; the others below are likewise parts of those above",
+    "error_units": "units of error responses",
+    "error_ratio": "their ratio",
+    "error_negative": "those with A < 0",
+    "error_positive_high": "those with A > 0 above their bound",
+    "error_negative_low": "those with A < 0 under their bound",
+    "error_negative_high": "those with A < 0 above their bound",
 }
 """What `surrogate` counts. All but `ratio_max` add up over micro-batches, ranks and optimizer steps."""
+_PARTS = {
+    "units": "",
+    "ratio": "ratio",
+    "negative": "negative",
+    "positive_high": "clip_positive_high",
+    "negative_low": "clip_negative_low",
+    "negative_high": "clip_negative_high",
+}
+"""What is summed over error responses too -> its name among the metrics."""
 
 
 def surrogate(
@@ -49,13 +67,15 @@ def surrogate(
     objective: Objective,
     reference_logprobs: Tensor | None = None,
     entropies: Tensor | None = None,
+    errors: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of one micro-batch, to be minimised (a scalar of logprobs' dtype), and its `SUMS` (0-d float64).
 
         loss = - Σ_t n_t [ w_t clip(r_t) A_t  -  kl_coefficient KL_t  +  entropy_coefficient H_t ]
 
     with r the ratio, clip its bounds, w the correction, n the normaliser. logprobs, entropies [T] with gradient;
-    old_logprobs, sampler_logprobs, reference_logprobs [T]; advantages [B]; sequence, n_sequences as in `qarl.packed`.
+    old_logprobs, sampler_logprobs, reference_logprobs [T]; advantages [B]; errors [B] bool, responses that are told apart in
+    the sums alone; sequence, n_sequences as in `qarl.packed`.
     batch_sequences and batch_tokens count the VALID responses and their tokens in the whole optimizer step, over all
     micro-batches and ranks: so their losses ADD UP to the loss of the step, however it is split between responses.
     (An engine that averages gradients over ranks wants the loss times the number of ranks.)
@@ -78,6 +98,9 @@ def surrogate(
     low, high = clip_range(advantages_T, objective.bounds)
     correction = correction_weights(old, sampler, sequence, n_sequences, objective.correction)
     terms = correction.weights * ratio.clamp(low, high) * advantages_T
+    weights = of_valid(normaliser_weights(objective, sequence, n_sequences, batch_sequences, batch_tokens))
+    within = (ratio >= low) & (ratio <= high) & (log_ratio.abs() <= LOG_RATIO_LIMIT)
+    pull = (weights * terms * within).detach()
 
     kl = torch.zeros_like(terms)
     entropy = kl if entropies is None else of_valid(entropies)
@@ -90,11 +113,21 @@ def surrogate(
         terms = terms + objective.entropy_coefficient * entropy
 
     divergence = (logprobs_T - logprobs_T).detach()  # 0, or NaN: clamps hide an infinity, from the gradient too
-    weights = of_valid(normaliser_weights(objective, sequence, n_sequences, batch_sequences, batch_tokens))
     loss = (logprobs_T * divergence - weights * terms).sum()
 
-    sums = {"loss": loss, "dropped": (~valid_B).sum(), "kl": kl.sum(), "entropy": entropy.sum()}
-    sums |= _unit_sums(ratio, low, high, advantages_T, correction, sequence, valid_B, objective)
+    # Schulman's k3 once more, the other way round: the tokens are the published learner's, as far as there is no mismatch.
+    kl_step = kl_estimate(old, logprobs_T, "k3")
+    sums = {
+        "loss": loss,
+        "dropped": (~valid_B).sum(),
+        "kl": kl.sum(),
+        "kl_step": kl_step.sum(),
+        "entropy": entropy.sum(),
+    }
+    error = torch.zeros_like(valid) if errors is None else errors[sequence]
+    sums |= _unit_sums(ratio, low, high, advantages_T, correction, sequence, valid_B, objective, error)
+    gradient = logit_gradient(pull, logprobs_T, sequence, n_sequences, objective)
+    sums |= {"gradient": gradient.sum(), "error_gradient": (error * gradient).sum()}
     return loss.to(logprobs.dtype), {name: sums[name].detach().double() for name in SUMS}
 
 
@@ -107,6 +140,20 @@ def clip_range(advantages: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]:
     low = torch.zeros_like(advantages).masked_fill(negative, negative_low)
     high = torch.full_like(advantages, positive_high).masked_fill(negative, negative_high)
     return low, high
+
+
+@torch.no_grad()
+def logit_gradient(pull: Tensor, logprobs: Tensor, sequence: Tensor, n_sequences: int, objective: Objective) -> Tensor:
+    """L1 norm of the policy term's gradient with respect to the logits of each token, [T] float64, at temperature 1.
+
+    pull [T]: n_t w_t r_t A_t of tokens that got through the clip, else 0, is the gradient with respect to log r; a response's
+    log r spreads it evenly over its tokens. That of log p(y) with respect to the logits is onehot(y) - p, whose L1 norm is
+    2 (1 - p(y)). So it is exact, without penalties, and where error tokens are the unlikely ones it shows. It is not the norm
+    over weights, for which every response would need a backward of its own, and where gradients of tokens cancel.
+    """
+    if objective.ratio == "sequence":
+        pull = segment_mean(pull, sequence, n_sequences)[sequence]
+    return pull.abs() * 2 * -torch.expm1(logprobs.clamp(max=0))  # rounding may leave p a little above 1
 
 
 def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, estimator: KLEstimator) -> Tensor:
@@ -159,8 +206,24 @@ def finalize(sums: Mapping[str, float]) -> dict[str, float]:
         "objective/ratio_mean": share("ratio", "units"),
         "objective/ratio_max": sums["ratio_max"],
         "objective/kl": share("kl", "tokens"),
+        "objective/kl_step": share("kl_step", "tokens"),
         "objective/dropped_sequences": sums["dropped"],
         "entropy": share("entropy", "tokens"),
+        "error_tokens/gradient": share("error_gradient", "gradient"),
+        **_error_metrics(sums),
+    }
+
+
+def _error_metrics(sums: Mapping[str, float]) -> dict[str, float]:
+    """Error responses and the rest beside each other; of a side that has no unit, nothing."""
+    of_errors = {name: sums[f"error_{name}"] for name in _PARTS}
+    of_rest = {name: sums[name] - of_errors[name] for name in _PARTS}
+    return {
+        f"error_tokens/{side}{shown}": part[name] / part["units"]
+        for side, part in (("", of_errors), ("rest_", of_rest))
+        if part["units"]
+        for name, shown in _PARTS.items()
+        if shown
     }
 
 
@@ -174,23 +237,28 @@ def _unit_sums(
     sequence: Tensor,
     valid_B: Tensor,
     objective: Objective,
+    error: Tensor,
 ) -> dict[str, Tensor]:
     token = valid_B[sequence]
     first = token & (sequence.diff(prepend=sequence.new_tensor([-1])) > 0)  # stands for its response: exact counts
     unit = token if objective.ratio == "token" else first
     correction_unit = token if objective.correction.level == "token" else first
     positive, negative = advantages > 0, advantages < 0
+    parts = {
+        "units": unit,
+        "ratio": unit * ratio,
+        "negative": unit & negative,
+        "positive_high": unit & positive & (ratio > high),
+        "negative_low": unit & negative & (ratio < low),
+        "negative_high": unit & negative & (ratio > high),
+    }
     return {
+        **{name: values.sum() for name, values in parts.items()},
+        **{f"error_{name}": (error * values).sum() for name, values in parts.items()},
         "tokens": token.sum(),
         "sequences": valid_B.sum(),
-        "units": unit.sum(),
-        "ratio": (unit * ratio).sum(),
         "ratio_max": torch.cat([ratio * token, ratio.new_zeros(1)]).max(),
         "positive": (unit & positive).sum(),
-        "negative": (unit & negative).sum(),
-        "positive_high": (unit & positive & (ratio > high)).sum(),
-        "negative_low": (unit & negative & (ratio < low)).sum(),
-        "negative_high": (unit & negative & (ratio > high)).sum(),
         "correction_units": correction_unit.sum(),
         "correction_high": (correction_unit & correction.high).sum(),
         "correction_low": (correction_unit & correction.low).sum(),

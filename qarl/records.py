@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from qarl.error_tokens import is_error
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -77,6 +79,14 @@ class Sample:
     advantage: float
     old_logprobs: np.ndarray | None = None
     """float32 [L], nats: the aligned forward at the published version. `None` until scored."""
+    repetition: float = 0.0
+    """Share of its tokens in loops, `error_tokens.repetition_rate`."""
+    garbling: float = 0.0
+    """Share of its characters in no language, `error_tokens.garbling_rate`."""
+
+    @property
+    def is_error(self) -> bool:
+        return is_error(self.repetition, self.garbling)
 
 
 @dataclass(frozen=True)
@@ -99,6 +109,8 @@ class MicroBatch:
     """float32 [R]. `None` when the batch is only to be scored."""
     advantages: np.ndarray
     """float32 [B]."""
+    errors: np.ndarray | None = None
+    """bool [B]: responses of error tokens, told apart in the statistics alone. `None`: none is."""
 
     @property
     def n_sequences(self) -> int:

@@ -1,4 +1,4 @@
-"""One self-contained page about a run: `python -m qarl.report RUN` writes `RUN/report.html`.
+"""One self-contained page: `python -m qarl.report RUN` writes `RUN/report.html`; several RUNs are laid over each other.
 
 It needs what the run left so far (`config.yaml`, `metrics.jsonl`, `samples.jsonl`, `summary.json`; each may be
 missing), no network and no scripts. Everything a model or a user wrote is escaped.
@@ -8,38 +8,60 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from string import Template
 
 from qarl import report_cards as cards
+from qarl.dashboard import SAMPLES, SECTIONS
 from qarl.jsonl import naming
 from qarl.progress import duration
+from qarl.report_overlay import comparison
 from qarl.run_data import RunData, load
 
 TEMPLATE = Path(__file__).with_name("report.html")
 
 
-def write_report(run_dir: Path) -> Path:
-    """Writes `run_dir/report.html`, of a finished run as of one in progress, and returns its path."""
+def write_report(run_dir: Path, out: Path | None = None) -> Path:
+    """Writes the page about a run, finished or in progress, and returns its path, by default `run_dir/report.html`."""
     run = load(run_dir)
     name = str(run.configured("name") or run_dir.resolve().name)
+    body = [
+        f'<header><h1>{escape(name)}</h1>{_status(run)}<p class="what">{escape(_what(run))}</p></header>',
+        f'<p class="headline">{escape(" ".join(headline(run)))}</p>',
+        f'<section class="tiles" aria-label="Key numbers">{cards.tiles(run)}</section>',
+        *(cards.section(run, section) for section in SECTIONS),
+        f"<h2>{SAMPLES}, early and late</h2>{cards.early_and_late(run.samples)}",
+        "<h2>Details</h2>",
+        _details("Every metric of the newest step", cards.newest(run)),
+        _details("Configuration", f"<pre>{escape(run.config_text or 'config.yaml is missing')}</pre>"),
+    ]
+    return _write(out or run_dir / "report.html", name, body)
+
+
+def write_comparison(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
+    """Writes one page about several runs and returns its path, by default `report.html` in their common parent.
+
+    `ValueError` where a run is named twice, or where there are more configurations than colours.
+    """
+    folders = [path.resolve() for path in run_dirs]
+    twice = [path for path, folder in zip(run_dirs, folders, strict=True) if folders.count(folder) > 1]
+    if twice:
+        raise ValueError(f"{twice[0]}: named twice")
+    parent = Path(os.path.commonpath([folder.parent for folder in folders]))
+    runs = {str(folder.relative_to(parent)): load(folder) for folder in folders}
+    return _write(out or parent / "report.html", f"{len(runs)} runs", comparison(runs))
+
+
+def _details(title: str, body: str) -> str:
+    return f'<details class="card"><summary>{title}</summary>{body}</details>'
+
+
+def _write(path: Path, name: str, body: Sequence[str]) -> Path:
     page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=escape(f"{name} · QaRL"),
-        name=escape(name),
-        colors=cards.color_rules(),
-        status=_status(run),
-        what=escape(_what(run)),
-        headline=escape(" ".join(headline(run))),
-        tiles=cards.tiles(run),
-        learning=cards.learning(run),
-        mismatch=cards.mismatch(run),
-        time=cards.time(run),
-        samples=cards.samples(run.samples),
-        metrics=cards.newest(run),
-        config=escape(run.config_text or "config.yaml is missing"),
+        title=escape(f"{name} · QaRL"), colors=cards.color_rules(), body="\n".join(body)
     )
-    path = run_dir / "report.html"
     partial = path.with_suffix(".partial")
     with naming(path):
         partial.write_bytes(page.encode(errors="replace"))  # a response may hold lone surrogates
@@ -105,11 +127,19 @@ def _status(run: RunData) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m qarl.report", description=__doc__)
-    parser.add_argument("run", type=Path, help="folder of a run")
-    run_dir: Path = parser.parse_args().run
-    if not run_dir.is_dir():
-        parser.error(f"{run_dir}: no such folder")
-    print(write_report(run_dir))
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
+    parser.add_argument("--out", type=Path, help="the page; default: report.html in RUN, or in the RUNs' common parent")
+    arguments = parser.parse_args()
+    for run_dir in arguments.runs:
+        if not run_dir.is_dir():
+            parser.error(f"{run_dir}: no such folder")
+    try:
+        if len(arguments.runs) == 1:
+            print(write_report(arguments.runs[0], arguments.out))
+        else:
+            print(write_comparison(arguments.runs, arguments.out))
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

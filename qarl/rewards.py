@@ -49,12 +49,16 @@ class Rewards:
 
     values: np.ndarray
     """float64 [n]; 0 where scoring was given up."""
-    timeouts: int
-    """Responses that took longer than `reward.timeout_s`."""
+    timed_out: np.ndarray
+    """bool [n]: took longer than `reward.timeout_s`."""
     crashes: int
     """Responses on which the scorer failed: out of memory, a dead worker, an error."""
     seconds: float
     """Wall time of the call."""
+
+    @property
+    def timeouts(self) -> int:
+        return int(self.timed_out.sum())
 
 
 class Rewarder:
@@ -93,14 +97,14 @@ class Rewarder:
         for index, outcome in self._run(items):
             outcomes[index] = outcome
         failures = [(i, reason) for i, reason in enumerate(outcomes) if isinstance(reason, str)]
-        timeouts = sum(reason == TIMEOUT for _, reason in failures)
+        timed_out = np.array([outcome == TIMEOUT for outcome in outcomes], dtype=bool)
         if failures:
             index, reason = failures[0]
             logger.warning(
                 "%d of %d rewards given up; prompt %d: %s", len(failures), len(items), prompts[index].id, reason
             )
         values = np.array([0.0 if isinstance(outcome, str) else outcome for outcome in outcomes], dtype=np.float64)
-        return Rewards(values, timeouts, len(failures) - timeouts, time.perf_counter() - started)
+        return Rewards(values, timed_out, len(failures) - int(timed_out.sum()), time.perf_counter() - started)
 
     def _run(self, items: Sequence[Item]) -> Iterator[tuple[int, float | str]]:
         """(index, reward or the reason why there is none) of each item, as they are done."""

@@ -29,7 +29,9 @@ FREE = (
     "name",
     "logging",
     "checkpoint",
-    "guard",
+    "guard.warn",
+    "guard.stop",
+    "guard.patience",
     "sync",
     "placement.address",
     "rollout.restarts",
@@ -105,11 +107,11 @@ def _move_aside(path: Path) -> None:
 
 def _check_same(old: RunConfig, new: RunConfig) -> None:
     free = (*FREE, "steps") if new.learner.optimizer.schedule == "constant" else FREE
-    before, after = dict(_leaves(to_mapping(old))), dict(_leaves(to_mapping(new)))
+    before, after = dict(leaves(to_mapping(old))), dict(leaves(to_mapping(new)))
     changed = [
         f"{key}: was {before.get(key)!r}, now {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not any(key == f or key.startswith(f + ".") for f in free)
+        if before.get(key) != after.get(key) and not under(key, free)
     ]
     if changed:
         raise ConfigError(
@@ -118,9 +120,14 @@ def _check_same(old: RunConfig, new: RunConfig) -> None:
         )
 
 
-def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def under(key: str, tops: tuple[str, ...]) -> bool:
+    """`under("logging.project", ("logging",))`"""
+    return any(key == top or key.startswith(top + ".") for top in tops)
+
+
+def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, Mapping) and value:
         for name, inner in value.items():
-            yield from _leaves(inner, f"{key}.{name}" if key else str(name))
+            yield from leaves(inner, f"{key}.{name}" if key else str(name))
     else:
         yield key, value

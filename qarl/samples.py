@@ -8,25 +8,46 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from qarl.advantages import advantages
+from qarl.advantages import advantages, advantages_of_known
 from qarl.algorithm import AdvantageKind
 from qarl.batching import pack, pack_to_score
 from qarl.cluster import LearnerGroup
+from qarl.error_tokens import garbling_rate, repetition_rate
 from qarl.errors import SyncError
 from qarl.records import Completion, MiniBatch, Prompt, Sample
 
 
 def to_samples(
-    prompts: Sequence[Prompt], completions: Sequence[Completion], rewards: np.ndarray, kind: AdvantageKind
+    prompts: Sequence[Prompt],
+    completions: Sequence[Completion],
+    rewards: np.ndarray,
+    kind: AdvantageKind,
+    left_out: np.ndarray | None = None,
 ) -> list[Sample]:
-    """Completions with their rewards [prompts x group] and the advantages within each group, prompt by prompt."""
+    """Completions with their rewards [prompts x group], advantages within each group and error tokens, prompt by prompt.
+
+    `left_out`: bool [prompts x group], rewards that say nothing: advantage 0, and no part in those of their groups.
+    """
     group = len(completions) // len(prompts)
-    gained = advantages(torch.from_numpy(rewards.reshape(len(prompts), group)), kind).flatten().tolist()
+    rewards_PG = torch.from_numpy(rewards.reshape(len(prompts), group))
+    if left_out is None:
+        gained = advantages(rewards_PG, kind)
+    else:
+        gained = advantages_of_known(rewards_PG, torch.from_numpy(~left_out.reshape(len(prompts), group)), kind)
     asked = [p for p in prompts for _ in range(group)]
     assert [c.prompt for c in completions] == [p.id for p in asked], "completions are not in the order of their prompts"
     return [
-        Sample(completion, prompt.tokens, float(reward), advantage)
-        for completion, prompt, reward, advantage in zip(completions, asked, rewards, gained, strict=True)
+        Sample(
+            completion,
+            prompt.tokens,
+            float(reward),
+            advantage,
+            repetition=repetition_rate(completion.tokens),
+            garbling=garbling_rate(completion.text),
+        )
+        for completion, prompt, reward, advantage in zip(
+            completions, asked, rewards, gained.flatten().tolist(), strict=True
+        )
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 
@@ -15,17 +16,24 @@ from qarl.records import Prompt, Published, RefillReport, SyncRequest
 
 
 def sync(
-    config: RunConfig, learner: LearnerGroup, sampler: Sampler, version: int, canaries: Sequence[Prompt]
+    config: RunConfig,
+    learner: LearnerGroup,
+    sampler: Sampler,
+    version: int,
+    canaries: Sequence[Prompt],
+    read_back: bool = False,
 ) -> dict[str, float]:
     """Bring every engine to the learner's weights, as `version`; returns the metrics `sync/*`.
 
     Engines check checksums, contract and tiles as they refill; here the contract is compared across processes, and the canaries
-    that both sides scored meanwhile. Raises `SyncError`.
+    that both sides scored meanwhile. `read_back`: tiles of every quantized tensor, however many `sync.tiles` are. Raises
+    `SyncError`.
     """
     sequences = [prompt.tokens for prompt in canaries if len(prompt.tokens) > 1]
     batch, order = pack_to_score(sequences, learner.ranks, learner.tokens)
+    n_tiles = sys.maxsize if read_back else config.sync.tiles
     start = time.perf_counter()
-    published, reports = sampler.refill(SyncRequest(version, config.sync.tiles, batch, sequences))
+    published, reports = sampler.refill(SyncRequest(version, n_tiles, batch, sequences))
     seconds = time.perf_counter() - start
     for report in reports:
         if report.contract_hash != published.contract_hash:
@@ -47,6 +55,7 @@ def sync(
         "sync/gb": published.n_bytes / 1e9,
         "sync/tile_error": max(report.max_tile_error for report in reports),
         "sync/canary": gap,
+        "guard/read_back": float(read_back),
     }
 
 

@@ -26,7 +26,7 @@ from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor
 
 from qarl.errors import EngineError
 from qarl.kernels.checksum import Fixed
-from qarl.kernels.graph import record
+from qarl.kernels.graph import Recording
 from qarl.rollout.layout import Home, Plain, homes
 from qarl.rollout.slots import Slot, expected, find_slots, is_tied, is_transposed
 from qarl.transfer import Tensors
@@ -43,7 +43,7 @@ class Refill:
         self.homes: dict[str, dict[str, Home]] = {}
         """Fused name -> part -> home, of tensors that are written in place."""
         self.specs = expected(self.slots)
-        self._sums: tuple[int, torch.cuda.CUDAGraph, Tensors] | None = None
+        self._sums: tuple[int, Recording[Tensors]] | None = None
         """Of so many homes: what sums their bytes, and where the sums come to lie."""
         self._foreign: set[nn.Module] = set()
         self._members: dict[nn.Module, list[Slot]] = {}
@@ -77,10 +77,8 @@ class Refill:
         if not self.homes:
             return {}
         if self._sums is None or self._sums[0] != len(self.homes):
-            self._sums = len(self.homes), *record(self._summing())
-        _, graph, sums = self._sums
-        graph.replay()
-        return sums
+            self._sums = len(self.homes), Recording(self._summing())
+        return self._sums[1].replay()
 
     def _summing(self) -> Callable[[], Tensors]:
         plain = {

@@ -12,10 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from qarl.kernels.graph import record
+from qarl.kernels.graph import Recording
 
 Key = tuple[tuple[str, Any], ...]
 
@@ -26,7 +25,7 @@ class Replay:
     def __init__(self, runner: Any) -> None:
         self._forward = runner._model_forward
         self._wanted = False
-        self._graphs: dict[Key, tuple[torch.cuda.CUDAGraph, Any]] = {}
+        self._graphs: dict[Key, Recording[Any]] = {}
         self._used: set[Key] = set()
         self.captures = 0
         """Graphs made so far."""
@@ -48,11 +47,9 @@ class Replay:
         key = _batch(inputs)
         self._used.add(key)
         if key not in self._graphs:
-            self._graphs[key] = record(lambda: self._forward(*args, **inputs))
+            self._graphs[key] = Recording(lambda: self._forward(*args, **inputs))
             self.captures += 1
-        graph, found = self._graphs[key]
-        graph.replay()
-        return found
+        return self._graphs[key].replay()
 
 
 def _batch(inputs: dict[str, Any]) -> Key:

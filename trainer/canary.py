@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qarl.kernels.graph import record
+from qarl.kernels.graph import Recording
 from qarl.records import MicroBatch
 from qarl.trainer.aligned import AlignedModel
 from qarl.trainer.policy import Policy, to_tensors
@@ -30,7 +30,7 @@ class Canary:
         weights = dict(policy.model.named_parameters())
         self._covered = {name: weights[name] for name in aligned.covered}
         self._aside: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._captured: tuple[list[bytes], list[int], torch.cuda.CUDAGraph, list[Tensor]] | None = None
+        self._captured: tuple[list[bytes], list[int], Recording[list[Tensor]]] | None = None
 
     def __call__(self, batches: Sequence[MicroBatch]) -> list[np.ndarray]:
         """float32 [R] of each micro-batch, nats."""
@@ -50,10 +50,10 @@ class Canary:
         if self._captured is None or self._captured[:2] != (asked, self._addresses()):
             self._capture(asked, batches)
         assert self._captured is not None
-        *_, graph, found = self._captured
+        *_, recording = self._captured
         self._aside.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._aside):
-            graph.replay()
+            found = recording.replay()
         return lambda: self._collect(found, batches)
 
     def _collect(self, found: Sequence[Tensor], batches: Sequence[MicroBatch]) -> list[np.ndarray]:
@@ -73,10 +73,9 @@ class Canary:
         trains = self._policy.training
         self._policy.eval()  # gradient checkpointing would ask for the state of a random generator, which no graph may
         with torch.cuda.device(self._device):
-            graph, found = record(lambda: self._forward(packed))
+            recording = Recording(lambda: self._forward(packed))
         self._policy.train(trains)
-        self._captured = asked, self._addresses(), graph, found
-        self._inputs = packed  # the graph reads them
+        self._captured = asked, self._addresses(), recording
 
     def _addresses(self) -> list[int]:
         kept = [one for prepared in self._aligned.prepared() for one in _tensors(vars(prepared))]

@@ -245,6 +245,7 @@ class Learner:
             old_logprobs=tensor(batch.old_logprobs),
             sampler_logprobs=tensor(batch.sampler_logprobs),
             advantages=tensor(batch.advantages),
+            errors=None if batch.errors is None else tensor(batch.errors),
             sequence=packed.sequence[:n],
             n_sequences=batch.n_sequences,
             batch_sequences=n_sequences,

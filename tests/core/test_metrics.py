@@ -184,20 +184,28 @@ def listener() -> tuple[str, list[bytes]]:
 
 RUN_WANDB = """
 import pathlib, sys
-from qarl import metrics
+import numpy as np
+from qarl import metrics, wandb_run
 from qarl.config import LoggingConfig, RunConfig
-metrics.WANDB_SECONDS = 3
+from qarl.records import Completion, Prompt, Sample
+wandb_run.WANDB_SECONDS = 3
 config = RunConfig(steps=2, logging=LoggingConfig(wandb=sys.argv[2], progress=False))
 with metrics.Metrics.open(pathlib.Path(sys.argv[1]), config, int(sys.argv[3])) as m:
     m.log(int(sys.argv[3]), {"lr": 0.5, "grad_norm": float("nan")})
+    tokens, logprobs = np.zeros(4, np.int32), np.zeros(4, np.float32)
+    completion = Completion(0, 0, tokens, logprobs, "lone \\ud800 response", "stop", 0)
+    m.log_samples(int(sys.argv[3]), [Sample(completion, tokens, 1.0, 0.0)], {0: Prompt(0, "question", tokens, "7")})
 """
 
 
-def run_wandb(run_dir: Path, mode: str, first_step: int, url: str) -> subprocess.CompletedProcess[str]:
+def wandb_env(url: str) -> dict[str, str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    env = clean | {"WANDB_BASE_URL": url, "WANDB_API_KEY": "0" * 40}
+    return clean | {"WANDB_BASE_URL": url, "WANDB_API_KEY": "0" * 40}
+
+
+def run_wandb(run_dir: Path, mode: str, first_step: int, url: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", RUN_WANDB, str(run_dir), mode, str(first_step)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, cwd=run_dir)
+    return subprocess.run(command, env=wandb_env(url), capture_output=True, text=True, timeout=120, cwd=run_dir)
 
 
 def test_offline_wandb_writes_into_the_run_folder_uses_no_network_and_keeps_its_id(tmp_path: Path):
@@ -205,11 +213,33 @@ def test_offline_wandb_writes_into_the_run_folder_uses_no_network_and_keeps_its_
     for first_step in (0, 1):
         done = run_wandb(tmp_path, "offline", first_step, url)
         assert done.returncode == 0, done.stderr
-        assert "W&B" not in done.stderr
+        told = done.stderr.strip().splitlines()
+        assert told == [
+            f"W&B: `wandb sync {tmp_path}/wandb/offline-run-*` uploads the run, "
+            f"then `python -m qarl.workspace {tmp_path}` makes its panels"
+        ]
     run_id = (tmp_path / "wandb_id").read_text().strip()
     files = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
     assert [file.name for file in files] == [f"run-{run_id}.wandb"] * 2
     assert all(b"grad_norm" in file.read_bytes() for file in files)
+    folders = [str(folder) for folder in tmp_path.glob("wandb/offline-run-*")]
+    command = [sys.executable, "-m", "wandb", "sync", "--dry-run", *folders]
+    sync = subprocess.run(command, env=wandb_env(url), capture_output=True, text=True, timeout=60)
+    assert "Would sync 2 run(s)" in sync.stderr + sync.stdout, "the command that is told knows these folders"
+    (table,) = tmp_path.glob("wandb/offline-run-*/files/media/table/*.table.json")
+    table = json.loads(table.read_text())
+    row = dict(zip(table["columns"], table["data"][0], strict=True))
+    expected = {
+        "step": 0,
+        "prompt": "question",
+        "response": "lone ? response",
+        "answer": "7",
+        "prompt_id": 0,
+        "reward": 1.0,
+        "tokens": 4,
+        "finish": "stop",
+    }
+    assert expected.items() <= row.items()
     assert not heard
     assert [row["step"] for row in jsonl.read(tmp_path / "metrics.jsonl")] == [0, 1]
 
@@ -237,6 +267,76 @@ def test_a_wandb_that_dies_during_the_run_is_said_once(tmp_path: Path):
             metrics.log(step, {"lr": 0.1})
     assert out.getvalue().count("W&B stopped at step 0: service process gone") == 1
     assert len(jsonl.read(tmp_path / "metrics.jsonl")) == 3
+
+
+class Running:
+    """A W&B run that takes what it is given."""
+
+    entity, project = "team", "sums"
+
+    def log(self, *_: object, **__: object) -> None: ...
+
+    def finish(self, exit_code: int) -> None: ...
+
+
+ONLINE = RunConfig(steps=5, logging=LoggingConfig(wandb="online", progress=False))
+
+
+def test_an_online_run_makes_its_workspace_when_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made: list[tuple[str, str]] = []
+    monkeypatch.setattr("qarl.wandb_run._init", lambda *_: Running())
+    monkeypatch.setattr("qarl.wandb_run.save_workspace", lambda entity, project: made.append((entity, project)))
+    with Metrics.open(tmp_path, ONLINE):
+        assert made == [("team", "sums")]
+
+
+def test_a_workspace_that_cannot_be_made_is_said_with_what_to_do_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(entity: str, project: str) -> str:
+        raise ConnectionError(f"{entity}/{project}: no rights")
+
+    monkeypatch.setattr("qarl.wandb_run._init", lambda *_: Running())
+    monkeypatch.setattr("qarl.wandb_run.save_workspace", refuse)
+    out = io.StringIO()
+    with Metrics.open(tmp_path, ONLINE, console=Console(file=out)) as metrics:
+        metrics.log(0, {"lr": 0.1})
+    said = out.getvalue()
+    assert "W&B has no workspace for this run: team/sums: no rights" in said
+    assert f"python -m qarl.workspace {tmp_path}" in said
+    assert len(jsonl.read(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_a_run_that_starts_again_in_its_folder_keeps_its_wandb_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Also where no checkpoint was saved yet and it begins at step 0 once more."""
+    seen: list[str] = []
+
+    def init(run_dir: Path, config: RunConfig, run_id: str, mode: str) -> Running:
+        seen.append(run_id)
+        return Running()
+
+    monkeypatch.setattr("qarl.wandb_run._init", init)
+    monkeypatch.setattr("qarl.wandb_run.save_workspace", lambda *_: None)
+    for folder, first_step in (("a", 0), ("a", 0), ("a", 3), ("b", 0)):
+        with Metrics.open(tmp_path / folder, ONLINE, first_step):
+            pass
+    assert len(set(seen[:3])) == 1 and seen[3] != seen[0]
+
+
+def test_an_online_run_asks_wandb_to_continue_the_run_of_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: list[dict[str, Any]] = []
+
+    def init(**settings: Any) -> Running:
+        asked.append(settings)
+        return Running()
+
+    monkeypatch.setattr("wandb.init", init)
+    monkeypatch.setattr("qarl.wandb_run.save_workspace", lambda *_: None)
+    for first_step in (0, 3):
+        with Metrics.open(tmp_path, ONLINE, first_step):
+            pass
+    run_id = (tmp_path / "wandb_id").read_text().strip()
+    assert [(a["id"], a["resume"], a["mode"]) for a in asked] == [(run_id, "allow", "online")] * 2
 
 
 def test_disabled_wandb_is_not_even_imported(tmp_path: Path):

@@ -522,6 +522,9 @@ def test_statistics_count_units_by_sign_and_side(level):
         "correction_low": 1 * units,
         "kl": 0,
         "entropy": 14,
+        "kl_step": 2 * sum(r - 1 - math.log(r) for r in (1.5, 0.5, 1.3, 1.4, 1.2, 0.5, 0.7)),
+        "gradient": (1 - 0.5 * math.exp(-2)) / 7,  # the second response alone got through: 2 tokens, 0.5/14 on each
+        **{key: 0 for key in SUMS if key.startswith("error_")},
     }
     assert combine([sums]) == pytest.approx(expected, rel=1e-12)
     metrics = finalize(combine([sums]))
@@ -539,3 +542,67 @@ def test_combine_adds_everything_but_the_largest_ratio():
 
 def test_shares_of_nothing_are_zero():
     assert set(finalize(combine([])).values()) == {0.0}
+
+
+# Error responses beside the rest
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_gradient_sums_are_what_autograd_finds_at_the_logits(name):
+    batch, errors = make_batch(seed=3), torch.tensor([True, False, False, True, False, True])
+    batch = replace(batch, logprobs=batch.logprobs - 0.5, old=batch.old - 0.5, sampler=batch.sampler - 0.5)  # p < 1
+    n, vocabulary = len(batch.logprobs), 7
+    others = torch.randn(n, vocabulary - 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    rest = torch.log1p(-batch.logprobs.exp())[:, None] + others.log_softmax(-1)
+    logits = torch.cat([batch.logprobs[:, None], rest], -1).requires_grad_()  # the token drawn is the first
+    logprobs = logits.log_softmax(-1)[:, 0]
+    assert_exact(logprobs.detach(), batch.logprobs)
+    batch = replace(batch, logprobs=logprobs)
+    loss, sums = surrogate(
+        batch.logprobs,
+        old_logprobs=batch.old,
+        sampler_logprobs=batch.sampler,
+        advantages=batch.advantages,
+        sequence=batch.sequence,
+        n_sequences=6,
+        batch_sequences=6,
+        batch_tokens=n,
+        objective=OBJECTIVES[name],
+        errors=errors,
+    )
+    (gradient,) = torch.autograd.grad(loss, logits)
+    of_token = gradient.abs().sum(-1)
+    assert sums["gradient"].item() == pytest.approx(of_token.sum().item(), rel=1e-9)
+    assert sums["error_gradient"].item() == pytest.approx(of_token[errors[batch.sequence]].sum().item(), rel=1e-9)
+    assert 0 < sums["error_gradient"] <= sums["gradient"]
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_what_is_counted_of_error_responses_is_what_a_batch_of_them_alone_counts(name):
+    batch, errors = make_batch(seed=5), torch.tensor([False, True, True, False, False, True])
+    _, grad, sums = run(batch, OBJECTIVES[name], errors=errors)
+    _, unmarked_grad, unmarked = run(batch, OBJECTIVES[name])
+    alone = run(batch.take([1, 2, 5]), OBJECTIVES[name])[2]
+    for key in ("units", "ratio", "negative", "positive_high", "negative_low", "negative_high"):
+        assert sums[f"error_{key}"].item() == pytest.approx(alone[key].item(), rel=1e-12)
+        assert sums[key] == unmarked[key] and unmarked[f"error_{key}"] == 0
+    assert torch.equal(grad, unmarked_grad)
+
+
+def test_error_responses_stand_beside_the_rest_and_a_side_without_units_is_left_out():
+    sums = dict.fromkeys(SUMS, 0.0) | {
+        "units": 10.0,
+        "ratio": 11.0,
+        "negative": 6.0,
+        "negative_high": 3.0,
+        "gradient": 8.0,
+    }
+    errors = {"units": 4.0, "ratio": 6.0, "negative": 4.0, "negative_high": 3.0, "gradient": 6.0}
+    found = finalize(sums | {f"error_{name}": value for name, value in errors.items()})
+    assert found["error_tokens/ratio"] == 1.5 and found["error_tokens/rest_ratio"] == pytest.approx(5 / 6)
+    assert found["error_tokens/negative"] == 1 and found["error_tokens/rest_negative"] == pytest.approx(1 / 3)
+    assert found["error_tokens/clip_negative_high"] == 0.75 and found["error_tokens/rest_clip_negative_high"] == 0
+    assert found["error_tokens/gradient"] == 0.75
+    without = finalize(sums)
+    assert "error_tokens/ratio" not in without and without["error_tokens/rest_ratio"] == 1.1
+    assert without["error_tokens/gradient"] == 0

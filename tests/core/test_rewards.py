@@ -176,7 +176,7 @@ def test_hostile_responses_cost_themselves_only(hostile):
         rewards = rewarder.score(responses, [prompt("yes")] * len(responses))
         again = rewarder.score(["yes", "no"], [prompt("yes")] * 2)
     assert rewards.values.tolist() == [1.0, 0.0, 0.0, 1.0] * len(bad)
-    assert rewards.timeouts == 1
+    assert rewards.timeouts == 1 and rewards.timed_out.nonzero()[0].tolist() == [1]
     assert rewards.crashes == len(bad) - 1
     assert again.values.tolist() == [1.0, 0.0]
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from qarl import checkpoint
-from qarl.config import GuardConfig, LearnerConfig, LoggingConfig, OptimizerConfig, RolloutConfig, RunConfig
+from qarl.config import GuardConfig, LearnerConfig, LoggingConfig, OptimizerConfig, RolloutConfig, RunConfig, StopLimits
 from qarl.errors import ConfigError
 from qarl.rundir import check_resume, load_config, open_run
 
@@ -53,7 +53,7 @@ def test_auto_refuses_another_configuration_and_names_what_differs(tmp_path):
 
 def test_auto_takes_other_limits_of_the_guard(tmp_path):
     save(open_run(config(tmp_path, resume="auto")), 5)
-    assert open_run(config(tmp_path, resume="auto", guard=GuardConfig(max_mismatch=2.0))).first_step == 5
+    assert open_run(config(tmp_path, resume="auto", guard=GuardConfig(stop=StopLimits(mismatch=2.0)))).first_step == 5
 
 
 def test_auto_refuses_other_steps_where_the_learning_rate_decays_towards_the_last(tmp_path):

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from qarl import checkpoint, loop
+from qarl.config import GuardConfig
 from qarl.errors import CheckpointError, DivergenceError
+from qarl.guard import Guard
 from qarl.prepare import Inputs
 from qarl.prompts import PromptStream
 from qarl.records import Prompt, Standing
@@ -38,6 +40,10 @@ def inputs() -> Inputs:
     return Inputs("folder", PromptStream(prompts, seed=0, shuffle=True), prompts[:1], prompts[:1])
 
 
+def guard() -> Guard:
+    return Guard(GuardConfig(), print)
+
+
 def ids(prompts) -> list[int]:
     return [p.id for p in prompts]
 
@@ -50,11 +56,11 @@ def config(small, tmp_path):
 def test_a_run_continues_with_the_learner_and_the_prompts_of_its_newest_checkpoint(config, capsys):
     before, there = inputs(), open_run(config)
     before.train.take(7)
-    folder = loop.save(there.checkpoints, config, cluster(), before, 2)
+    folder = loop.save(there.checkpoints, config, cluster(), before, guard(), 2)
 
     again, same = open_run(config), cluster()
     after = inputs()
-    loop.restore(again, same, after)
+    loop.restore(again, same, after, guard())
     assert again.first_step == 2 and same.learner.loaded == [folder]
     assert ids(after.train.take(7)) == ids(before.train.take(7))
     assert f"resumed from {folder}" in capsys.readouterr().err
@@ -63,37 +69,37 @@ def test_a_run_continues_with_the_learner_and_the_prompts_of_its_newest_checkpoi
 def test_a_truncated_checkpoint_is_passed_over_for_the_previous_one(config, capsys):
     before, there = inputs(), open_run(config)
     before.train.take(4)
-    good = loop.save(there.checkpoints, config, cluster(), before, 2)
+    good = loop.save(there.checkpoints, config, cluster(), before, guard(), 2)
     expected = ids(before.train.take(4))
-    torn = loop.save(there.checkpoints, config, cluster(), before, 4)
+    torn = loop.save(there.checkpoints, config, cluster(), before, guard(), 4)
     os.truncate(torn / "weights", 10)
 
     again, same, after = open_run(config), cluster(), inputs()
-    loop.restore(again, same, after)
+    loop.restore(again, same, after, guard())
     assert again.first_step == 2 and same.learner.loaded == [good]
     assert ids(after.train.take(4)) == expected
     assert "step-000004 is damaged" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_another_contract_is_refused_with_both_hashes(config):
-    loop.save(open_run(config).checkpoints, config, cluster("aaaa"), inputs(), 2)
+    loop.save(open_run(config).checkpoints, config, cluster("aaaa"), inputs(), guard(), 2)
     other = cluster("bbbb")
     with pytest.raises(CheckpointError, match="step-000002 was made under contract aaaa, this run's is bbbb"):
-        loop.restore(open_run(config), other, inputs())
+        loop.restore(open_run(config), other, inputs(), guard())
     assert other.learner.loaded == []
 
 
 def test_without_a_checkpoint_nothing_is_restored(config):
     fresh = cluster()
-    loop.restore(open_run(config), fresh, inputs())
+    loop.restore(open_run(config), fresh, inputs(), guard())
     assert fresh.learner.loaded == []
 
 
 @pytest.mark.parametrize("healthy", [True, False])
 def test_a_diverged_state_is_saved_apart_and_the_last_healthy_checkpoint_named(config, healthy):
     run_dir = open_run(config)
-    last = loop.save(run_dir.checkpoints, config, cluster(), inputs(), 2) if healthy else None
-    error = loop._saved(DivergenceError("grad_norm is nan."), config, run_dir, cluster(), inputs(), 3)
+    last = loop.save(run_dir.checkpoints, config, cluster(), inputs(), guard(), 2) if healthy else None
+    error = loop._saved(DivergenceError("grad_norm is nan."), config, run_dir, cluster(), inputs(), guard(), 3)
     diverged = run_dir.path / "diverged" / "step-000003"
     assert checkpoint.find_damage(diverged) is None
     expected = f"resume=auto continues from {last}" if healthy else "there is no earlier checkpoint"
@@ -103,6 +109,6 @@ def test_a_diverged_state_is_saved_apart_and_the_last_healthy_checkpoint_named(c
 
 def test_a_stopped_run_may_continue_with_other_limits(small, tmp_path):
     """As the guard's own message advises."""
-    loop.save(open_run(small(f"out={tmp_path}", "resume=auto")).checkpoints, small(), cluster(), inputs(), 2)
-    changed = small(f"out={tmp_path}", "resume=auto", "guard.max_mismatch=9", "sync.canary_tolerance=0.5")
+    loop.save(open_run(small(f"out={tmp_path}", "resume=auto")).checkpoints, small(), cluster(), inputs(), guard(), 2)
+    changed = small(f"out={tmp_path}", "resume=auto", "guard.stop.mismatch=9", "sync.canary_tolerance=0.5")
     assert open_run(changed).first_step == 2

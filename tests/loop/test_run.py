@@ -7,11 +7,16 @@ from pathlib import Path
 import pytest
 
 from qarl import checkpoint, jsonl
+from qarl.dashboard import SECTIONS
+from qarl.metrics import METRICS
 from qarl.rundir import load_config
 
 #: What a step measures of the machine, not of the run.
 STAGES = ("gather", "quantize", "pack", "transfer", "wait", "wake", "load", "canary_", "verify", "total")
 OF_THE_MACHINE = ("time/", "learn/", "tokens_per_s", *(f"sync/{stage}" for stage in STAGES))
+
+#: Metrics that stand in a panel and that this small run has no reason to write.
+CONDITIONAL: set[str] = set()
 
 
 def rows(folder: Path) -> list[dict]:
@@ -41,6 +46,14 @@ def test_a_run_leaves_what_it_promises(whole):
     closing = (whole / "stdout").read_text().splitlines()
     assert closing[0] == f"report: {whole / 'report.html'}" and len(closing) == 4
     assert "linear weights quantized" in (whole / "stderr").read_text()
+
+
+def test_the_run_writes_every_metric_the_panels_draw(whole):
+    """A chart of a metric that no run writes would stay empty for ever."""
+    written = {name for row in jsonl.read(whole / "metrics.jsonl") for name in row}
+    drawn = {name for section in SECTIONS for chart in section.charts for name in chart.metrics}
+    assert drawn - written == CONDITIONAL
+    assert written <= set(METRICS) | {"step"}
 
 
 def test_the_run_learns_with_what_the_engine_sampled(whole):

@@ -90,6 +90,7 @@ def _int4_experts() -> nn.Module:
     """A model of one layer of experts whose parameters are named, shaped and marked as vLLM's, and processed."""
     layer: Any = nn.Module()
     layer.local_num_experts, layer.hidden_size = E, H
+    layer.moe_config = SimpleNamespace(tp_rank=0, tp_size=1)
     for name, rows, inputs in (("w13", 2 * M, H), ("w2", H, M)):
         packed = torch.zeros(E, inputs // 8, rows, dtype=torch.int32)
         scale = torch.zeros(E, inputs // GROUP, rows, dtype=torch.bfloat16)
