@@ -212,7 +212,17 @@ def run(
 
 
 def _say(row: dict[str, Any]) -> None:
-    accuracy = [v for v in row["curves"].get("accuracy/heldout", []) if v is not None]
-    shown = " -> ".join(f"{v:.3f}" for v in (accuracy[:1] + accuracy[-1:]))
-    print(f"{row['model']} {row['arm']} seed {row['seed']}: {row['status']}, step {row['steps']}, "
-          f"{row['seconds']:.0f} s, accuracy {shown or '–'}", flush=True)  # fmt: skip
+    """One line: how far it came, accuracy and reward from first to last, the median step, mean shares beyond the band."""
+    known = {name: [v for v in values if v is not None] for name, values in row["curves"].items()}
+    told = [
+        f"{row['model']} {row['arm']} seed {row['seed']}: {row['status']}, {row['steps']} steps, {row['seconds']:.0f} s"
+    ]
+    for name in ("accuracy/heldout", "reward/mean"):
+        if values := known.get(name):
+            told.append(f"{name} {values[0]:.3f} -> {values[-1]:.3f}")
+    if values := known.get("time/step_s"):
+        told.append(f"step {sorted(values)[len(values) // 2]:.2f} s")
+    for name in ("mismatch/mean_abs", "clip/positive_high", "clip/negative_low"):
+        if values := known.get(name):
+            told.append(f"{name} {sum(values) / len(values):.2g}")
+    print(", ".join(told), flush=True)
