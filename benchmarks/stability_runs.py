@@ -47,6 +47,8 @@ CURVES = (
     "time/evaluate_s",
     "time/checkpoint_s",
 )
+PAUSE_S = 0.3
+"""Between looks, and so between starts."""
 DONE = ("finished", "diverged")
 #: One small run among many: it takes few threads, and a Ray of its own that expects no more memory than it needs.
 LIGHT = {
@@ -171,10 +173,12 @@ def run(
 ) -> None:
     """All jobs, one a slot at a time; a slot is the GPU it stands for. At the limit those that still go on are stopped.
 
-    A job is not begun when less time is left than the shortest so far took.
+    A job is not begun when less time is left than the shortest so far took. One that fails, other than by diverging, has a second
+    try behind the others: of many that start together one may take a port that another had just found free.
     """
     begun, waiting, free = time.monotonic(), deque(jobs), deque(slots)
     running: list[Child] = []
+    tried: set[Job] = set()
     shortest = 0.0
     try:
         while waiting or running:
@@ -183,7 +187,7 @@ def run(
                 waiting.clear()
             if left <= 0:
                 return
-            while waiting and free:
+            if waiting and free:
                 job, overrides = waiting.popleft()
                 running.append(Child.start(job, overrides, work, free.popleft(), start))
             for child in [c for c in running if c.process.poll() is not None]:
@@ -194,7 +198,10 @@ def run(
                 _say(row)
                 if row["status"] == "finished":
                     shortest = min(shortest or row["seconds"], row["seconds"])
-            time.sleep(0.2)
+                elif row["status"] == "failed" and child.job not in tried:
+                    tried.add(child.job)
+                    waiting.append((child.job, child.overrides))
+            time.sleep(PAUSE_S)
     finally:
         for child in running:
             child.signal(signal.SIGTERM)  # to all first: each may take a moment
@@ -205,7 +212,17 @@ def run(
 
 
 def _say(row: dict[str, Any]) -> None:
-    accuracy = [v for v in row["curves"].get("accuracy/heldout", []) if v is not None]
-    shown = " -> ".join(f"{v:.3f}" for v in (accuracy[:1] + accuracy[-1:]))
-    print(f"{row['model']} {row['arm']} seed {row['seed']}: {row['status']}, step {row['steps']}, "
-          f"{row['seconds']:.0f} s, accuracy {shown or '–'}", flush=True)  # fmt: skip
+    """One line: how far it came, accuracy and reward from first to last, the median step, mean shares beyond the band."""
+    known = {name: [v for v in values if v is not None] for name, values in row["curves"].items()}
+    told = [
+        f"{row['model']} {row['arm']} seed {row['seed']}: {row['status']}, {row['steps']} steps, {row['seconds']:.0f} s"
+    ]
+    for name in ("accuracy/heldout", "reward/mean"):
+        if values := known.get(name):
+            told.append(f"{name} {values[0]:.3f} -> {values[-1]:.3f}")
+    if values := known.get("time/step_s"):
+        told.append(f"step {sorted(values)[len(values) // 2]:.2f} s")
+    for name in ("mismatch/mean_abs", "clip/positive_high", "clip/negative_low"):
+        if values := known.get(name):
+            told.append(f"{name} {sum(values) / len(values):.2g}")
+    print(", ".join(told), flush=True)

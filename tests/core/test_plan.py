@@ -66,6 +66,17 @@ def test_staging_is_two_buffers_of_the_largest_module_of_the_engine(composed):
     assert staging(config, shapes(config)) == pytest.approx(2 * 128 * 3 * 768 * 2048 * 2 / 1e9)
 
 
+def test_the_cache_of_an_engine_is_what_was_asked_for_or_what_its_share_leaves(composed):
+    asked = composed("recipe=quickstart_gpu", "rollout.kv_cache_gb=2")
+    assert engine_memory(asked, shapes(asked)).kv_cache == 2
+    shared = composed("recipe=quickstart_gpu")
+    assert engine_memory(shared, shapes(shared)).kv_cache == pytest.approx(
+        0.3 * 141 - engine_weights(shared, shapes(shared))
+    )
+    cpu = composed("recipe=quickstart", "rollout.kv_cache_gb=null")
+    assert engine_memory(cpu, shapes(cpu)).kv_cache == 1
+
+
 def test_a_group_that_does_not_fit_the_architecture_is_refused(composed):
     with pytest.raises(ConfigError, match="rollout.format: 'w4a16' needs input features divisible by 128"):
         plan(composed("recipe=quickstart", "rollout.format=w4a16", "model.pocket.hidden_size=96"))

@@ -180,7 +180,7 @@ def test_a_row_is_on_the_disk_as_soon_as_its_run_ends(tmp_path, monkeypatch):
 def test_at_the_limit_runs_are_stopped_and_their_rows_kept(tmp_path):
     out, started = tmp_path / "out.json", time.monotonic()
     slow = {JOBS[1][0].arm: 600.0}
-    run(JOBS, Rows(out), tmp_path, ["", "", ""], 3.0, fake(tmp_path, slow))
+    run(JOBS, Rows(out), tmp_path, ["", "", ""], 8.0, fake(tmp_path, slow))
     assert time.monotonic() - started < 30
     assert states(out) == {
         JOBS[0][0].arm: ("finished", 1),
@@ -192,12 +192,25 @@ def test_at_the_limit_runs_are_stopped_and_their_rows_kept(tmp_path):
 def test_a_second_call_does_what_is_left(tmp_path):
     out = tmp_path / "out.json"
     run(JOBS, Rows(out), tmp_path, [""], math.inf, fake(tmp_path, codes={JOBS[0][0].arm: 3, JOBS[1][0].arm: 1}))
-    assert [state for state, _ in states(out).values()] == ["failed", "diverged", "finished"]
+    assert [states(out)[job.arm][0] for job, _ in JOBS] == ["failed", "diverged", "finished"]
     again = Rows(out)
     left = [(job, overrides) for job, overrides in JOBS if not again.finished(job, overrides)]
     assert left == JOBS[:1]  # a run that diverged has ended
     run(left, again, tmp_path, [""], math.inf, fake(tmp_path))
     assert sorted(state for state, _ in states(out).values()) == ["diverged", "finished", "finished"]
+
+
+def test_what_fails_is_tried_once_more_behind_the_others(tmp_path):
+    started: list[str] = []
+    inner = fake(tmp_path, codes={JOBS[0][0].arm: 3, JOBS[1][0].arm: 1})
+
+    def command(job: Job, overrides: tuple[str, ...]) -> list[str]:
+        started.append(job.arm)
+        return inner(job, overrides)
+
+    run(JOBS, Rows(tmp_path / "out.json"), tmp_path, [""], math.inf, command)
+    first, second, third = (job.arm for job, _ in JOBS)
+    assert started == [first, second, third, first]  # the second diverged, which no other try would change
 
 
 def test_a_row_of_other_settings_is_not_taken_for_this_run(tmp_path):
@@ -208,9 +221,9 @@ def test_a_row_of_other_settings_is_not_taken_for_this_run(tmp_path):
 
 
 def test_no_run_begins_that_cannot_end(tmp_path):
-    """The first takes about a second, so in the half that is left the others are not begun."""
-    seconds = {job.arm: 1.5 for job, _ in JOBS}
-    run(JOBS, Rows(tmp_path / "out.json"), tmp_path, [""], 2.4, fake(tmp_path, seconds))
+    """The first takes three seconds, more than is left for the others."""
+    seconds = {job.arm: 3.0 for job, _ in JOBS}
+    run(JOBS, Rows(tmp_path / "out.json"), tmp_path, [""], 5.5, fake(tmp_path, seconds))
     assert states(tmp_path / "out.json") == {JOBS[0][0].arm: ("finished", 1)}
 
 
