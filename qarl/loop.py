@@ -123,16 +123,25 @@ def learn(
 
 
 def restore(run_dir: RunDir, cluster: Cluster, inputs: Inputs, guard: Guard) -> None:
-    """Learner, prompt stream and guard as they were; raises `CheckpointError` where the checkpoint is of another contract."""
+    """Learner, prompt stream and guard as they were; raises `CheckpointError` where the checkpoint is of another contract, or
+    lacks what a run continues from."""
     if run_dir.resumed is None:
         return
-    saved, mine = run_dir.resumed.state["contract_hash"], cluster.learner.standing.contract_hash
+    folder, state = run_dir.resumed.folder, run_dir.resumed.state
+    missing = [key for key in ("contract_hash", "prompts", "guard") if key not in state]
+    missing += [f"guard.{key}" for key in guard.state() if "guard" in state and key not in state["guard"]]
+    if missing:
+        raise CheckpointError(
+            f"{folder / 'state.json'}: {', '.join(missing)} missing: another version of QaRL saved it, and no run "
+            f"can continue from it. Start a new one from its policy: name=… model=folder model.path={folder / 'policy'}"
+        )
+    saved, mine = state["contract_hash"], cluster.learner.standing.contract_hash
     if saved != mine:
-        raise CheckpointError(f"{run_dir.resumed.folder} was made under contract {saved}, this run's is {mine}")
-    cluster.learner.load(run_dir.resumed.folder)
-    inputs.train.restore(run_dir.resumed.state["prompts"])
-    guard.restore(run_dir.resumed.state["guard"])
-    say(f"resumed from {run_dir.resumed.folder}")
+        raise CheckpointError(f"{folder} was made under contract {saved}, this run's is {mine}")
+    cluster.learner.load(folder)
+    inputs.train.restore(state["prompts"])
+    guard.restore(state["guard"])
+    say(f"resumed from {folder}")
 
 
 def save(root: Path, config: RunConfig, cluster: Cluster, inputs: Inputs, guard: Guard, step: int) -> Path:

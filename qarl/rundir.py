@@ -83,8 +83,14 @@ def open_run(config: RunConfig) -> RunDir:
 
 
 def load_config(path: Path) -> RunConfig:
-    """The configuration a run was started with."""
-    return build(RunConfig, yaml.safe_load((path / "config.yaml").read_text()))
+    """The configuration a run was started with. `ConfigError` names the file where another version of QaRL wrote it."""
+    file = path / "config.yaml"
+    try:
+        return build(RunConfig, yaml.safe_load(file.read_text()))
+    except ConfigError as error:
+        raise ConfigError(
+            f"{file}: {error}. Another version of QaRL wrote it; choose another name= to start anew"
+        ) from error
 
 
 def write_atomically(file: Path, text: str) -> None:

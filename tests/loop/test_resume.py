@@ -1,5 +1,6 @@
 """What a run continues from, and what it saves when it must not go on; the learner is a stand-in that writes one file."""
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from qarl import checkpoint, loop
 from qarl.config import GuardConfig
-from qarl.errors import CheckpointError, DivergenceError
+from qarl.errors import CheckpointError, ConfigError, DivergenceError
 from qarl.guard import Guard
 from qarl.prepare import Inputs
 from qarl.prompts import PromptStream
@@ -87,6 +88,30 @@ def test_a_checkpoint_of_another_contract_is_refused_with_both_hashes(config):
     with pytest.raises(CheckpointError, match="step-000002 was made under contract aaaa, this run's is bbbb"):
         loop.restore(open_run(config), other, inputs(), guard())
     assert other.learner.loaded == []
+
+
+@pytest.mark.parametrize(
+    "key, missing", [(("guard",), "guard"), (("guard", "warned"), "guard.warned"), (("prompts",), "prompts")]
+)
+def test_a_checkpoint_that_lacks_a_part_is_refused_with_what_to_do(config, key, missing):
+    """As those saved before there was a guard."""
+    folder = loop.save(open_run(config).checkpoints, config, cluster(), inputs(), guard(), 2)
+    there = open_run(config)
+    assert there.resumed is not None
+    state = json.loads(json.dumps(there.resumed.state))
+    *path, last = key
+    del (state[path[0]] if path else state)[last]
+    older, fresh = replace(there, resumed=replace(there.resumed, state=state)), cluster()
+    with pytest.raises(CheckpointError, match=f"state.json: {missing} missing: .* model.path={folder / 'policy'}"):
+        loop.restore(older, fresh, inputs(), guard())
+    assert fresh.learner.loaded == []
+
+
+def test_a_configuration_of_another_version_is_named_with_its_file(config):
+    file = open_run(config).path / "config.yaml"
+    file.write_text(file.read_text().replace("guard:", "guard:\n  max_mismatch: 1.0"))
+    with pytest.raises(ConfigError, match=f"{file}: guard.max_mismatch: unknown key.* choose another name="):
+        open_run(config)
 
 
 def test_without_a_checkpoint_nothing_is_restored(config):
