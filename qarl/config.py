@@ -394,7 +394,7 @@ class CorrectLimits:
     kl: float | None = None
     """`objective/kl_step`, nats a token, at most; with `algorithm.mini_batches=1` it is always 0."""
     grad_norm: float | None = None
-    """`grad_norm`, before clipping, at most."""
+    """`grad_norm`, before clipping, at most; to correct, of any but the last mini-batch, after which nothing is left to skip."""
     timeouts: float | None = None
     """`reward/timeout_share`, at most."""
 
@@ -457,7 +457,7 @@ class GuardConfig:
     stop: StopLimits = field(default_factory=StopLimits)
     """The end."""
     patience: int = 3
-    """Steps in a row beyond a limit before the run stops."""
+    """Steps in a row beyond a limit of `stop`, or not learnt from because of `correct`, before the run stops."""
 
     def __post_init__(self) -> None:
         self.warn.check("warn")

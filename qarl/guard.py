@@ -6,7 +6,8 @@ A step asks in this order, and every answer is said with what was seen, its usua
     trusts                  correct  mismatch, ess  the rollout is not learnt from; the next sync reads every quantized tensor back
     goes_on                 correct  kl, grad_norm  after an optimizer step: the rest of the rollout's mini-batches is skipped
     look                    warn     all            said once, when a row of steps beyond the limit begins
-    enforce                 stop     all            `DivergenceError`: NaN or infinity at once, else after guard.patience steps
+    enforce                 stop     all            `DivergenceError`: NaN or infinity at once, else after guard.patience steps, be
+                                                    it beyond a limit or without a rollout that was learnt from
 """
 
 from __future__ import annotations
@@ -93,6 +94,8 @@ class Guard:
         """Limits that the last step with their metric was beyond."""
         self._beyond: dict[str, list[float]] = {}
         """What was seen in a row beyond the limits that stop."""
+        self._skipped = 0
+        """Rollouts in a row that were not learnt from."""
         self._first_entropy: float | None = None
         self._corrected: set[str] = set()
         """In this step."""
@@ -103,10 +106,13 @@ class Guard:
         return self._correct(step, "timeouts", row, "the responses that timed out are left out of their groups")
 
     def trusts(self, step: int, row: Mapping[str, float]) -> bool:
-        """Whether the rollout is to be learnt from."""
+        """Whether the rollout is to be learnt from; not if every response of it is left out either."""
         done = "this rollout is not learnt from, and the next sync reads every quantized tensor back"
         self.reads_back = any([self._correct(step, name, row, done) for name in ("mismatch", "ess")])
-        return not self.reads_back
+        all_left_out = "timeouts" in self._corrected and row["reward/timeout_share"] == 1
+        trusted = not self.reads_back and not all_left_out
+        self._skipped = 0 if trusted else self._skipped + 1
+        return trusted
 
     def goes_on(self, step: int, update: UpdateStats) -> bool:
         """Whether the mini-batches after this update are to be learnt from."""
@@ -128,6 +134,7 @@ class Guard:
         for name, value in measured.items():
             self._warn(step, name, value)
             self._count(step, name, value)
+        self._count_skipped(step, row)
         self._corrected.clear()
         return {**own, "guard/warnings": float(sum(self._warned[name] for name in measured))}
 
@@ -138,11 +145,13 @@ class Guard:
 
     def state(self) -> dict[str, Any]:
         """For `restore`, in JSON."""
-        memory = (self.reads_back, self._warned, self._beyond, self._first_entropy)
-        return dict(zip(("reads_back", "warned", "beyond", "first_entropy"), memory, strict=True))
+        memory = (self.reads_back, self._warned, self._beyond, self._skipped, self._first_entropy)
+        return dict(zip(("reads_back", "warned", "beyond", "skipped", "first_entropy"), memory, strict=True))
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self.reads_back, self._first_entropy = state["reads_back"], state["first_entropy"]
+        self.reads_back, self._first_entropy, self._skipped = (
+            state[n] for n in ("reads_back", "first_entropy", "skipped")
+        )
         self._warned, self._beyond = dict(state["warned"]), {name: list(seen) for name, seen in state["beyond"].items()}
 
     def _correct(self, step: int, name: str, row: Mapping[str, float], done: str) -> bool:
@@ -172,6 +181,15 @@ class Guard:
             values = ", ".join(f"{v:.4g}" for v in seen)
             saw = f"was {values} in {len(seen)} steps in a row, guard.stop.{name}={limit:g}"
             self._stop = self._stop or _message(step, name, saw)
+
+    def _count_skipped(self, step: int, row: Mapping[str, float]) -> None:
+        """A run whose every rollout is corrected away would reach its last step without having learnt."""
+        if self._skipped < self._config.patience:
+            return
+        name = next(name for name in ("mismatch", "ess", "timeouts") if name in self._corrected)
+        value, limit = row[WATCHES[name].metric], getattr(self._config.correct, name)
+        saw = f"was {value:.4g}, guard.correct.{name}={limit:g}, and {self._skipped} rollouts in a row were not learnt from"
+        self._stop = self._stop or _message(step, name, saw)
 
 
 def _exceeds(name: str, value: float, limit: float | None) -> bool:

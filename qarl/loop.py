@@ -117,7 +117,7 @@ def learn(
     updates: list[UpdateStats] = []
     for part in parts:
         updates.append(learner.update(part))
-        if not guard.goes_on(step, updates[-1]):
+        if part is not parts[-1] and not guard.goes_on(step, updates[-1]):
             break
     return updates
 

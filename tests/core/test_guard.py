@@ -3,17 +3,20 @@
 import json
 import math
 from dataclasses import fields
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from qarl.build import build, check_keys
-from qarl.config import CorrectLimits, GuardConfig, Limits, RunConfig
+from qarl.config import AlgorithmConfig, CorrectLimits, GuardConfig, Limits, RunConfig
 from qarl.errors import DivergenceError
 from qarl.guard import WATCHES, Guard
+from qarl.loop import learn
 from qarl.metrics import METRICS
 from qarl.objectives import SUMS
-from qarl.records import UpdateStats
+from qarl.records import Completion, Sample, UpdateStats
 
 FINE = {
     "mismatch/mean_abs": 0.01,
@@ -147,6 +150,20 @@ def test_mini_batches_after_an_update_beyond_its_limit_are_skipped(name):
     assert f"is {beyond:g}, guard.correct.{name}=0.3: the mini-batches that are left" in said[0]
 
 
+@pytest.mark.parametrize("norms, updates, corrections", [([0.1, 0.4, 0.1], 2, 1), ([0.1, 0.1, 0.4], 3, 0)])
+def test_a_correction_is_counted_where_it_skips_a_mini_batch(norms, updates, corrections):
+    """After the last one nothing is left to skip, and nothing is said to be."""
+    said: list[str] = []
+    watcher, left = guard(said, correct={"grad_norm": 0.3}), iter(norms)
+    learner: Any = SimpleNamespace(ranks=1, tokens=10, update=lambda part: update(0.0, next(left)))
+    one = np.zeros(1, np.float32)
+    completion = Completion(0, 0, one.astype(np.int32), one, "", "stop", 0)
+    samples = [Sample(completion, one.astype(np.int32), 0.0, 0.0, old_logprobs=one)] * 6
+    config = RunConfig(algorithm=AlgorithmConfig(prompts=3, group=2, mini_batches=3))
+    assert len(learn(config, learner, samples, watcher, 0)) == updates
+    assert len(said) == corrections and watcher.look(0, FINE)["guard/corrections"] == corrections
+
+
 def test_timeouts_beyond_their_limit_are_left_out():
     said: list[str] = []
     watcher = guard(said, correct={"timeouts": 0.25})
@@ -155,6 +172,34 @@ def test_timeouts_beyond_their_limit_are_left_out():
     row |= {"reward/timeouts": 5.0, "reward/timeout_share": 0.3125}
     assert watcher.leaves_out_timeouts(1, row) and watcher.look(1, row)["guard/left_out"] == 5
     assert "raise reward.timeout_s" in said[0]
+
+
+def test_a_rollout_whose_every_response_timed_out_is_not_learnt_from():
+    watcher = guard(correct={"timeouts": 0.25})
+    for share, learnt in ((0.9375, True), (1.0, False)):
+        row = FINE | {"reward/timeouts": 16 * share, "reward/timeout_share": share}
+        assert watcher.leaves_out_timeouts(0, row)
+        assert watcher.trusts(0, row) is learnt and not watcher.reads_back
+        watcher.look(0, row)
+    counted = (
+        guard()
+    )  # where they count as wrong, they say as little as any group of equal rewards, and no rule is broken
+    assert not counted.leaves_out_timeouts(0, row) and counted.trusts(0, row)
+
+
+def test_a_run_that_learns_from_no_rollout_stops_after_patience():
+    """Whatever corrects, and without any limit of `stop`."""
+    watcher = guard(correct={"mismatch": 0.3, "ess": 0.3, "timeouts": 0.3}, patience=3)
+    step_of(watcher, 0, mismatch=0.4)
+    step_of(watcher, 1, ess=0.2)
+    step_of(watcher, 2)  # learnt from: the row ends
+    step_of(watcher, 3, timeouts=1.0)
+    step_of(watcher, 4, mismatch=0.4)
+    with pytest.raises(DivergenceError) as stopped:
+        step_of(watcher, 5, ess=0.2)
+    assert str(stopped.value).splitlines()[0] == (
+        "step 5: mismatch/ess_token was 0.2, guard.correct.ess=0.3, and 3 rollouts in a row were not learnt from."
+    )
 
 
 def test_entropy_drift_is_a_factor_to_either_side_of_the_first_step_that_learnt():
@@ -193,6 +238,14 @@ def test_a_resumed_guard_judges_as_the_one_that_was_not_interrupted():
         assert not one.reads_back
         assert one.look(3, FINE | {"entropy": 1.0})["guard/entropy_drift"] == 2
     assert stops[0] == stops[1] and said == again == []
+
+
+def test_a_resumed_guard_goes_on_counting_rollouts_that_were_not_learnt_from():
+    first, second = (guard(correct={"mismatch": 0.3}, patience=2) for _ in range(2))
+    step_of(first, 0, mismatch=0.4)
+    second.restore(json.loads(json.dumps(first.state())))
+    with pytest.raises(DivergenceError, match="2 rollouts in a row were not learnt from"):
+        step_of(second, 1, mismatch=0.4)
 
 
 def test_without_limits_of_its_own_a_healthy_step_raises_and_says_nothing():

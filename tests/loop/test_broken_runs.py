@@ -84,12 +84,14 @@ def test_a_wrong_scale_stops_the_run_after_patience(broken):
     )
 
 
-def test_a_quantized_router_is_not_learnt_from(broken):
-    """Its weights are no code, so no tile reads them back: the run goes on, and every step says so."""
-    done, rows, _ = broken("router", "router", *UNPROVED, *LIMITS, *EXPERTS)
-    assert done.returncode == 0
-    assert [row["guard/skipped_updates"] for row in rows[:-1]] == [2, 2, 2]
-    assert [row["guard/read_back"] for row in rows] == [0, 1, 1, 1]
+def test_a_quantized_router_is_not_learnt_from_and_stops_the_run_after_patience(broken):
+    """Its weights are no code, so no tile reads them back: every step says so, until nothing was learnt from three of them."""
+    done, rows, folder = broken("router", "router", *UNPROVED, *LIMITS, *EXPERTS)
+    assert_stopped(done, folder, 3)
+    assert_said(done, "mismatch", "DivergenceError: step 2: mismatch/mean_abs was ")
+    assert "guard.correct.mismatch=0.002, and 3 rollouts in a row were not learnt from." in done.stderr
+    assert [row["guard/skipped_updates"] for row in rows] == [2, 2, 2]
+    assert [row["guard/read_back"] for row in rows] == [0, 1, 1]
     for step in range(3):
         assert_said(done, "mismatch", f"step {step}: mismatch/mean_abs is ")
 
