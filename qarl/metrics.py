@@ -31,7 +31,7 @@ METRICS = {
     "reward/min": Metric("reward", "lowest of the step", ".3f"),
     "reward/max": Metric("reward", "highest of the step", ".3f"),
     "reward/flat_groups": Metric(
-        "share", "groups whose responses all got the same reward: nothing to learn from", ".1%"
+        "share", "groups whose responses, those left out aside, got the same reward: nothing to learn from", ".1%"
     ),
     "reward/timeouts": Metric("responses", "scored 0 because the reward did not answer in time", ".0f"),
     "reward/timeout_share": Metric("share", "of the responses of the step", ".1%"),

@@ -9,6 +9,7 @@ import torch
 from qarl.advantages import advantages
 from qarl.batching import pack
 from qarl.errors import SyncError
+from qarl.measure import sample_metrics
 from qarl.records import Completion, Prompt
 from qarl.samples import check_version, to_samples
 
@@ -49,3 +50,15 @@ def test_a_reward_that_is_left_out_gives_no_advantage_and_changes_no_other():
     assert counted[2] < 0 and counted[0] > found[0] and counted[4:] == found[4:]
     none_known = to_samples(prompts, completions, rewards, "rloo", np.ones(8, bool))
     assert {s.advantage for s in none_known} == {0.0}
+
+
+def test_a_group_is_flat_where_it_teaches_nothing():
+    """Equal rewards are flat whatever their float deviation is, and so is what is left when one is left out."""
+    completions = [replace(written_by(0), prompt=prompt) for prompt in (1, 1, 1, 2, 2, 2, 3, 3, 3)]
+    prompts = [Prompt(i, "", np.zeros(1, np.int32), "") for i in (1, 2, 3)]
+    rewards = np.array([0.1, 0.1, 0.1, 1, 1, 0, 1, 0, 0])
+    assert rewards[:3].std() != 0
+    for left_out, expected in ((None, 1 / 3), (np.arange(9) == 5, 2 / 3)):
+        samples = to_samples(prompts, completions, rewards, "grpo", left_out)
+        scored = [replace(s, old_logprobs=s.completion.logprobs) for s in samples]
+        assert sample_metrics(scored, 3)["reward/flat_groups"] == pytest.approx(expected)
