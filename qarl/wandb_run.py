@@ -46,9 +46,9 @@ class WandbRun:
             self._make_workspace()
 
     def _offline_instead(self, config: RunConfig, run_id: str) -> None:
-        import wandb
-
         try:
+            import wandb  # which may be what failed
+
             wandb.teardown()  # the service process of the failed attempt holds the run id
             self._mode = "offline"
             self._run = _init(self._dir, config, run_id, "offline")

@@ -269,6 +269,16 @@ def test_a_wandb_that_dies_during_the_run_is_said_once(tmp_path: Path):
     assert len(jsonl.read(tmp_path / "metrics.jsonl")) == 3
 
 
+def test_a_wandb_that_cannot_be_imported_is_said_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    out = io.StringIO()
+    with Metrics.open(tmp_path, ONLINE, console=Console(file=out, width=200)) as metrics:
+        metrics.log(0, {"lr": 0.1})
+    said = out.getvalue()
+    assert "W&B could not start online: import of wandb halted" in said and "W&B could not start offline either" in said
+    assert len(jsonl.read(tmp_path / "metrics.jsonl")) == 1
+
+
 class Running:
     """A W&B run that takes what it is given."""
 
