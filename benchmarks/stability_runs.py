@@ -12,9 +12,12 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from benchmarks import record
 from benchmarks.stability_arms import Job
@@ -75,6 +78,9 @@ class Child:
     process: subprocess.Popen[bytes]
     scratch: Path
     started: float
+    """By the monotonic clock."""
+    began: float
+    """By that of the files."""
 
     @classmethod
     def start(cls, job: Job, overrides: tuple[str, ...], work: Path, gpu: str, command: Command) -> Child:
@@ -83,23 +89,32 @@ class Child:
         surroundings = os.environ | LIGHT | {"CUDA_VISIBLE_DEVICES": gpu, "RAY_TMPDIR": str(scratch)}
         folder = work / "runs" / job.name
         folder.parent.mkdir(parents=True, exist_ok=True)
+        began = time.time()
         with folder.with_suffix(".log").open("wb") as log:
             process = subprocess.Popen(
                 command(job, overrides), stdout=log, stderr=log, env=surroundings, start_new_session=True
             )
-        return cls(job, overrides, folder, gpu, process, scratch, time.monotonic())
+        return cls(job, overrides, folder, gpu, process, scratch, time.monotonic(), began)
 
-    def signal(self, sign: signal.Signals) -> None:
-        """Ray's processes end with the one that started them."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, sign)
+    def terminate(self) -> bool:
+        """Ask its process group to end; whether it was still going on."""
+        if self.process.poll() is not None:
+            return False
+        os.killpg(self.process.pid, signal.SIGTERM)
+        return True
 
     def end(self, grace_s: float = 5.0) -> None:
+        """Wait for it, then kill what is left of its session: Ray's agents outlive a driver that was killed, and its actors have
+        process groups of their own."""
         try:
             self.process.wait(grace_s)
         except subprocess.TimeoutExpired:
-            self.signal(signal.SIGKILL)
+            self.process.kill()
             self.process.wait()
+        for process in psutil.process_iter():
+            with suppress(OSError, psutil.Error):  # it has ended meanwhile
+                if os.getsid(process.pid) == self.process.pid:
+                    process.kill()
 
     def row(self, stopped: bool = False) -> dict[str, Any]:
         """What the run came to, as far as it came. `stopped`: by us, unfinished."""
@@ -108,7 +123,11 @@ class Child:
         status = "stopped" if stopped else "finished" if self.process.returncode == 0 else "failed"
         if status == "failed" and "DivergenceError:" in log:
             status = "diverged"
-        rows = jsonl.read(self.folder / "metrics.jsonl")
+        metrics = self.folder / "metrics.jsonl"
+        own = (
+            metrics.exists() and metrics.stat().st_mtime >= self.began
+        )  # else of a run before, which this one did not get to move
+        rows = jsonl.read(metrics) if own else []
         shutil.rmtree(self.scratch, ignore_errors=True)
         return {
             "model": self.job.model,
@@ -171,7 +190,8 @@ def run(
     limit_s: float,
     start: Command = command,
 ) -> None:
-    """All jobs, one a slot at a time; a slot is the GPU it stands for. At the limit those that still go on are stopped.
+    """All jobs, one a slot at a time; a slot is the GPU it stands for. At the limit, and where this process is told to end, those
+    that still go on are stopped.
 
     A job is not begun when less time is left than the shortest so far took. One that fails, other than by diverging, has a second
     try behind the others: of many that start together one may take a port that another had just found free.
@@ -180,6 +200,9 @@ def run(
     running: list[Child] = []
     tried: set[Job] = set()
     shortest = 0.0
+    handler = signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+    )  # children have sessions of their own
     try:
         while waiting or running:
             left = limit_s - (time.monotonic() - begun)
@@ -192,6 +215,7 @@ def run(
                 running.append(Child.start(job, overrides, work, free.popleft(), start))
             for child in [c for c in running if c.process.poll() is not None]:
                 running.remove(child)
+                child.end()
                 free.append(child.gpu)
                 row = child.row()
                 rows.put(row)
@@ -203,12 +227,12 @@ def run(
                     waiting.append((child.job, child.overrides))
             time.sleep(PAUSE_S)
     finally:
-        for child in running:
-            child.signal(signal.SIGTERM)  # to all first: each may take a moment
-        for child in running:
+        stopped = [child.terminate() for child in running]  # all first: each may take a moment
+        for child, unfinished in zip(running, stopped, strict=True):
             child.end()
-            rows.put(row := child.row(stopped=True))
+            rows.put(row := child.row(unfinished))
             _say(row)
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _say(row: dict[str, Any]) -> None:

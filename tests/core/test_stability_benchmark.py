@@ -2,12 +2,16 @@
 
 import json
 import math
+import os
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from benchmarks import stability
@@ -187,6 +191,65 @@ def test_at_the_limit_runs_are_stopped_and_their_rows_kept(tmp_path):
         JOBS[1][0].arm: ("stopped", 1),
         JOBS[2][0].arm: ("finished", 1),
     }
+
+
+FAMILY = """
+import signal, subprocess, sys
+ignore = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(600)"
+groups = {"same": {}, "own": {"process_group": 0}}
+for options in groups.values():
+    child = subprocess.Popen([sys.executable, "-c", ignore], stdout=subprocess.PIPE, **options)
+    child.stdout.readline()
+    print(child.pid, flush=True)
+signal.pause() if sys.argv[1] == "waits" else sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize("end", ["waits", "dies"])
+def test_nothing_of_a_run_outlives_it(tmp_path, end):
+    """Be it stopped or dead of itself: also what ignores SIGTERM, and what is in another process group, as Ray's actors are."""
+    seconds = 6.0 if end == "waits" else math.inf
+    command = [sys.executable, "-c", FAMILY, end]
+    run(JOBS[:1], Rows(tmp_path / "out.json"), tmp_path, [""], seconds, lambda job, overrides: command)
+    pids = [int(line) for line in (tmp_path / "runs" / f"{JOBS[0][0].name}.log").read_text().split()]
+    assert len(pids) == 2
+    deadline = time.monotonic() + 10
+    while any(map(goes_on, pids)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(goes_on, pids))
+
+
+def goes_on(pid: int) -> bool:
+    """A process that nobody waits for is a zombie: it has ended."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_runs_are_stopped_where_the_benchmark_is_told_to_end(tmp_path):
+    out = tmp_path / "out.json"
+    before = signal.getsignal(signal.SIGTERM)
+    threading.Timer(4.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(SystemExit):
+        run(JOBS[:1], Rows(out), tmp_path, [""], 60.0, fake(tmp_path, {JOBS[0][0].arm: 600.0}))
+    assert states(out) == {JOBS[0][0].arm: ("stopped", 1)}
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_run_that_never_began_has_no_steps_of_the_one_before_it(tmp_path):
+    out = tmp_path / "out.json"
+    run(JOBS[:1], Rows(out), tmp_path, [""], math.inf, fake(tmp_path))
+    assert states(out) == {JOBS[0][0].arm: ("finished", 1)}
+    run(
+        JOBS[:1],
+        Rows(out),
+        tmp_path,
+        [""],
+        math.inf,
+        lambda job, overrides: [sys.executable, "-c", "raise SystemExit(3)"],
+    )
+    assert states(out) == {JOBS[0][0].arm: ("failed", 0)}
 
 
 def test_a_second_call_does_what_is_left(tmp_path):
