@@ -52,6 +52,11 @@ def write_data(folder: Path, terms: int, digits: int, sizes: dict[str, int]) -> 
                 seen.add(item["metadata"]["expression"])
                 row = {"question": f"{item['metadata']['expression']} =", "answer": item["answer"]}
                 file.write(json.dumps(row) + "\n")
+                size -= 1
+        if size:
+            raise ConfigError(
+                f"--terms, --digits: {terms} and {digits} make too few sums, {name}.jsonl lacks {size}; raise one"
+            )
 
 
 def worked(question: str) -> str:
@@ -68,8 +73,8 @@ def worked(question: str) -> str:
 def warm(name: str, work: Path, target: float, every: int, limit_s: float, gguf: str) -> dict[str, Any]:
     """Train model `name` on `warm.jsonl` until its chance on `check.jsonl` reaches `target`, and save it as BF16 under `models`.
 
-    Looks every `every` steps. What it has after `limit_s` seconds, or after the steps of its spec, is saved too, and said not to
-    have reached the target.
+    Looks every `every` steps, and at the last one. What it has after `limit_s` seconds, or after the steps of its spec, is saved
+    too, and said not to have reached the target.
     """
     spec, device = MODELS[name], torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")  # on a GPU in TF32
@@ -79,10 +84,11 @@ def warm(name: str, work: Path, target: float, every: int, limit_s: float, gguf:
     started, found = time.perf_counter(), 0.0
     for step, loss in enumerate(pocket.warm_start(model, tokenizer, spec, lessons), start=1):
         seconds = time.perf_counter() - started
-        if step % every == 0:
+        last = seconds > limit_s or step == spec.steps
+        if step % every == 0 or last:
             found = chance(model, tokenizer, check)
             say(f"{name}: step {step}, loss {loss:.4f}, chance {found:.3f}, {seconds:.0f} s")
-        if found >= target or seconds > limit_s:
+        if found >= target or last:
             break
     if found < target:
         say(f"{name}: NOT warm enough, chance {found:.3f} after {step} steps, wanted {target}")

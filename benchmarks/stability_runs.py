@@ -171,8 +171,9 @@ class Rows:
         for row in self.rows:
             if _key(row) == (job.model, job.arm, job.seed) and row["status"] in DONE:
                 if row["overrides"] != list(overrides):
+                    other = sorted({*row["overrides"]} ^ {*overrides}) or "the same ones in another order"
                     raise ConfigError(
-                        f"--out: {self.file} holds {job.name} with other settings, {sorted({*row['overrides']} ^ {*overrides})}"
+                        f"--out: {self.file} holds {job.name} with other settings, {other}; choose another --out"
                     )
                 return True
         return False

@@ -281,6 +281,9 @@ def test_a_row_of_other_settings_is_not_taken_for_this_run(tmp_path):
     run(JOBS[:1], rows, tmp_path, [""], math.inf, fake(tmp_path))
     with pytest.raises(ConfigError, match="with other settings.*steps=3"):
         rows.finished(JOBS[0][0], (*JOBS[0][1], "steps=3"))
+    rows.rows[0]["overrides"] = ["a=1", "a=2"]  # hydra takes the last word
+    with pytest.raises(ConfigError, match="with other settings, the same ones in another order; choose another --out"):
+        rows.finished(JOBS[0][0], ("a=2", "a=1"))
 
 
 def test_no_run_begins_that_cannot_end(tmp_path):
@@ -402,6 +405,18 @@ def test_a_warm_start_ends_at_its_target_and_saves_a_model_that_serves(tmp_path,
     )
 
 
+@pytest.mark.parametrize("limit_s, steps", [(0.0, 1), (math.inf, 40)])
+def test_a_warm_start_that_ends_without_its_target_is_looked_at_as_it_is_saved(tmp_path, monkeypatch, limit_s, steps):
+    from benchmarks import stability_models
+
+    pytest.importorskip("reasoning_gym")
+    stability_models.write_data(tmp_path / "data", 3, 1, {"warm": 20, "check": 3})
+    looks = iter([0.5])
+    monkeypatch.setattr(stability_models, "chance", lambda *_: next(looks))
+    found = stability_models.warm("tiny", tmp_path, 0.3, 1000, limit_s, "")
+    assert (found["steps"], found["reached"], list(looks)) == (steps, True, [])
+
+
 def test_no_question_stands_in_two_files(tmp_path):
     pytest.importorskip("reasoning_gym")
     from benchmarks.stability_models import write_data
@@ -409,3 +424,11 @@ def test_no_question_stands_in_two_files(tmp_path):
     write_data(tmp_path, 2, 1, {"warm": 30, "heldout": 30})  # of at most 2 x 81 questions
     questions = [json.loads(line)["question"] for f in tmp_path.glob("*.jsonl") for line in f.read_text().splitlines()]
     assert len(questions) == len(set(questions)) == 60
+
+
+def test_sums_too_short_for_so_many_questions_are_refused(tmp_path):
+    pytest.importorskip("reasoning_gym")
+    from benchmarks.stability_models import write_data
+
+    with pytest.raises(ConfigError, match="--terms, --digits: 2 and 1 make too few sums, train.jsonl lacks "):
+        write_data(tmp_path, 2, 1, {"train": 200})  # of at most 2 x 81 questions
