@@ -133,12 +133,14 @@ def main() -> None:
     for run_dir in arguments.runs:
         if not run_dir.is_dir():
             parser.error(f"{run_dir}: no such folder")
+        if not any((run_dir / name).exists() for name in ("config.yaml", "metrics.jsonl")):
+            parser.error(f"{run_dir}: no run is there (neither config.yaml nor metrics.jsonl)")
     try:
         if len(arguments.runs) == 1:
             print(write_report(arguments.runs[0], arguments.out))
         else:
             print(write_comparison(arguments.runs, arguments.out))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
 
 

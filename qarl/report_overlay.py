@@ -31,6 +31,8 @@ class Group:
     runs: Mapping[str, RunData]
     """Label -> run."""
     color: int
+    stem: str = ""
+    """What the names of several runs begin with, and those of no other group."""
 
     @property
     def label(self) -> str:
@@ -38,7 +40,7 @@ class Group:
         if len(names) == 1:
             return names[0]
         seeds = ", ".join(str(run.configured("seed")) for run in self.runs.values())
-        return f"{os.path.commonprefix(names).rstrip('-_./') or names[0]} (seeds {seeds})"
+        return f"{self.stem or names[0]} (seeds {seeds})"
 
 
 def comparison(runs: Mapping[str, RunData]) -> list[str]:
@@ -73,7 +75,11 @@ def grouped(runs: Mapping[str, RunData]) -> list[Group]:
         raise ValueError(
             f"{len(members)} configurations in {len(runs)} runs; at most {COLORS} can be told apart on a page"
         )
-    return [Group(group, color) for color, group in enumerate(members.values())]
+    stems = [os.path.commonprefix(list(group)).rstrip("-_./") for group in members.values()]
+    return [
+        Group(group, color, stems[color] if stems.count(stems[color]) == 1 else "")
+        for color, group in enumerate(members.values())
+    ]
 
 
 def _is_seed(key: str) -> bool:

@@ -250,3 +250,6 @@ def test_the_command_writes_the_report_and_refuses_a_folder_that_is_not_there(tm
     assert done.returncode == 0 and done.stdout.strip() == str(tmp_path / "r" / "report.html")
     missing = subprocess.run([*command, str(tmp_path / "no")], capture_output=True, text=True, timeout=60)
     assert missing.returncode == 2 and "no such folder" in missing.stderr
+    of_runs = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert of_runs.returncode == 2 and f"{tmp_path}: no run is there" in of_runs.stderr
+    assert not (tmp_path / "report.html").exists()

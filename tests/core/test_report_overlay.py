@@ -61,6 +61,15 @@ def test_runs_that_differ_in_seeds_and_names_alone_are_one_group(tmp_path: Path)
     assert [group.color for group in groups] == [0, 1, 2]
 
 
+def test_groups_whose_names_begin_alike_have_labels_of_their_own(tmp_path: Path):
+    made = {
+        f"run{i}": config(f"run{i}", i % 2, rollout={"format": f})
+        for i, f in enumerate(("bf16", "bf16", "w4a16", "w4a16"))
+    }
+    groups = grouped({name: load(make_run(tmp_path / name, made[name])) for name in made})
+    assert [group.label for group in groups] == ["run0 (seeds 0, 1)", "run2 (seeds 0, 1)"]
+
+
 def test_runs_without_a_configuration_stay_alone(tmp_path: Path):
     groups = grouped({name: load(make_run(tmp_path / name, None)) for name in ("x", "y")})
     assert [list(group.runs) for group in groups] == [["x"], ["y"]]
