@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 import torch
@@ -28,10 +30,22 @@ class Recording(Generic[Made]):
             run()
         current.wait_stream(aside)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        with _without_collector(), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._made = run()
 
     def replay(self) -> Made:
         """What the function returned, its tensors written again: those of every replay are the same ones."""
         self._graph.replay()
         return self._made
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Were another graph among the garbage of cycles, freeing it here would break the capture under way."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -49,6 +49,11 @@ def _seconds(prefix: str, *stages: str) -> tuple[Line, ...]:
     return tuple(Line(f"{prefix}/{stage}_s", stage) for stage in stages)
 
 
+def _clipped(prefix: str) -> tuple[Line, ...]:
+    sides = (("positive_high", "A > 0, above"), ("negative_low", "A < 0, below"), ("negative_high", "A < 0, above"))
+    return tuple(Line(prefix + side, label) for side, label in sides)
+
+
 OVERVIEW = Section(
     "Overview",
     (
@@ -70,9 +75,9 @@ OVERVIEW = Section(
             ),
         ),
         Chart(
-            "Flat groups",
-            "Share of groups whose responses all got the same reward. Near 100%: prompts too hard or too easy.",
-            (Line("reward/flat_groups", "all rewards the same", "smooth"),),
+            "Flat groups and timeouts",
+            "Share of groups whose rewards are all the same (near 100%: too hard or too easy), of rewards that timed out.",
+            (Line("reward/flat_groups", "flat groups", "smooth"), Line("reward/timeout_share", "timed out", "peak")),
             "percent",
         ),
         Chart(
@@ -99,6 +104,7 @@ OVERVIEW = Section(
             "Nats a token; 0 without a reference policy. A steady rise is learning, a jump is not.",
             (Line("objective/kl", "KL"),),
         ),
+        Chart("KL of the step", "Nats a token. Healthy: small and steady.", (Line("objective/kl_step", "KL"),)),
         Chart("Learning rate", "Of the step's last update.", (Line("lr", "learning rate"),)),
         Chart(
             "Failures",
@@ -160,11 +166,7 @@ CLIPPING = Section(
         Chart(
             "Clip fractions",
             "Share without gradient, by sign of the advantage A and side of the bound. Healthy: small and steady.",
-            (
-                Line("clip/positive_high", "A > 0, above"),
-                Line("clip/negative_low", "A < 0, below"),
-                Line("clip/negative_high", "A < 0, above"),
-            ),
+            _clipped("clip/"),
             "percent",
         ),
         Chart(
@@ -185,14 +187,56 @@ ERROR_TOKENS = Section(
     "Error tokens",
     (
         Chart(
-            "Error tokens",
-            "Share: loops of repeated tokens, which low-bit policies fall into. Healthy: near zero.",
+            "Loops and garbled text",
+            "Share: loops of repeated tokens and garbled text, which low-bit policies fall into. Healthy: near zero.",
             (
                 Line("error_tokens/repetition_rate", "tokens in loops"),
-                Line("error_tokens/share", "responses mostly loop"),
+                Line("error_tokens/garbling_rate", "characters garbled"),
+                Line("error_tokens/share", "responses mostly loops or garbled"),
                 Line("length/truncated", "responses cut off"),
             ),
             "percent",
+        ),
+        Chart(
+            "Gradient of error responses",
+            "Their share of the policy term's gradient. Healthy: not above their share of responses.",
+            (Line("error_tokens/gradient", "share of the gradient"),),
+            "percent",
+        ),
+        Chart(
+            "Ratio, error and other responses",
+            "Mean of current over published learner. Apart: error responses drift faster.",
+            (Line("error_tokens/ratio", "error responses"), Line("error_tokens/rest_ratio", "the others")),
+        ),
+        Chart(
+            "A < 0, error and other responses",
+            "Share of units. Healthy: error responses are punished.",
+            (Line("error_tokens/negative", "error responses"), Line("error_tokens/rest_negative", "the others")),
+            "percent",
+        ),
+        Chart("Clip fractions of error responses", "Share of units.", _clipped("error_tokens/clip_"), "percent"),
+        Chart("Clip fractions of the others", "Share of units.", _clipped("error_tokens/rest_clip_"), "percent"),
+    ),
+)
+
+GUARD = Section(
+    "Guard",
+    (
+        Chart(
+            "Warnings and corrections",
+            "Counts of the step; all zero is healthy.",
+            (
+                Line("guard/warnings", "limits of guard.warn passed", "peak"),
+                Line("guard/corrections", "limits of guard.correct passed", "peak"),
+                Line("guard/left_out", "responses left out", "peak"),
+                Line("guard/skipped_updates", "updates skipped", "peak"),
+                Line("guard/read_back", "sync compared every tensor", "peak"),
+            ),
+        ),
+        Chart(
+            "Entropy drift",
+            "Factor from the run's first step, up or down. Healthy: near 1.",
+            (Line("guard/entropy_drift", "entropy drift", "peak"),),
         ),
     ),
 )
@@ -247,6 +291,6 @@ TIME = Section(
     ),
 )
 
-SECTIONS = (OVERVIEW, MISMATCH, CLIPPING, ERROR_TOKENS, SYNC, TIME)
+SECTIONS = (OVERVIEW, MISMATCH, CLIPPING, ERROR_TOKENS, GUARD, SYNC, TIME)
 SAMPLES = "Responses"
 """Title of what follows them."""

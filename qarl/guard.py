@@ -124,12 +124,12 @@ class Guard:
             self._first_entropy = self._first_entropy or entropy
             own["guard/entropy_drift"] = max(entropy / self._first_entropy, self._first_entropy / entropy)
         seen = {**row, **own}
-        for name, watch in WATCHES.items():
-            if watch.metric in seen:
-                self._warn(step, name, seen[watch.metric])
-                self._count(step, name, seen[watch.metric])
+        measured = {name: seen[watch.metric] for name, watch in WATCHES.items() if watch.metric in seen}
+        for name, value in measured.items():
+            self._warn(step, name, value)
+            self._count(step, name, value)
         self._corrected.clear()
-        return {**own, "guard/warnings": float(sum(self._warned.values()))}
+        return {**own, "guard/warnings": float(sum(self._warned[name] for name in measured))}
 
     def enforce(self) -> None:
         """Raise `DivergenceError` where the step that was looked at is one too many."""

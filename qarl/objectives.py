@@ -99,35 +99,20 @@ def surrogate(
     correction = correction_weights(old, sampler, sequence, n_sequences, objective.correction)
     terms = correction.weights * ratio.clamp(low, high) * advantages_T
     weights = of_valid(normaliser_weights(objective, sequence, n_sequences, batch_sequences, batch_tokens))
-    within = (ratio >= low) & (ratio <= high) & (log_ratio.abs() <= LOG_RATIO_LIMIT)
-    pull = (weights * terms * within).detach()
+    gradient = logit_gradient(weights * terms, log_ratio, low, high, logprobs_T, sequence, n_sequences, objective)
 
-    kl = torch.zeros_like(terms)
-    entropy = kl if entropies is None else of_valid(entropies)
-    if objective.kl_coefficient:
-        assert reference_logprobs is not None, "kl_coefficient is not 0"
-        kl = kl_estimate(logprobs_T, of_valid(reference_logprobs), objective.kl_estimator)
-        terms = terms - objective.kl_coefficient * kl
-    if objective.entropy_coefficient:
-        assert entropies is not None, "entropy_coefficient is not 0"
-        terms = terms + objective.entropy_coefficient * entropy
-
+    reference, entropies = (None if given is None else of_valid(given) for given in (reference_logprobs, entropies))
+    penalty, kl, entropy = penalties(logprobs_T, reference, entropies, objective)
     divergence = (logprobs_T - logprobs_T).detach()  # 0, or NaN: clamps hide an infinity, from the gradient too
-    loss = (logprobs_T * divergence - weights * terms).sum()
+    loss = (logprobs_T * divergence - weights * (terms - penalty)).sum()
 
-    # Schulman's k3 once more, the other way round: the tokens are the published learner's, as far as there is no mismatch.
-    kl_step = kl_estimate(old, logprobs_T, "k3")
-    sums = {
-        "loss": loss,
-        "dropped": (~valid_B).sum(),
-        "kl": kl.sum(),
-        "kl_step": kl_step.sum(),
-        "entropy": entropy.sum(),
-    }
     error = torch.zeros_like(valid) if errors is None else errors[sequence]
+    sums = {"loss": loss, "dropped": (~valid_B).sum()}
     sums |= _unit_sums(ratio, low, high, advantages_T, correction, sequence, valid_B, objective, error)
-    gradient = logit_gradient(pull, logprobs_T, sequence, n_sequences, objective)
-    sums |= {"gradient": gradient.sum(), "error_gradient": (error * gradient).sum()}
+    # Of the tokens of the published learner, as far as there is no mismatch: hence the estimate from its side.
+    kl_step = kl_estimate(old, logprobs_T, "k3")
+    parts = {"kl": kl, "kl_step": kl_step, "entropy": entropy, "gradient": gradient, "error_gradient": error * gradient}
+    sums |= {name: values.sum() for name, values in parts.items()}
     return loss.to(logprobs.dtype), {name: sums[name].detach().double() for name in SUMS}
 
 
@@ -143,17 +128,43 @@ def clip_range(advantages: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def logit_gradient(pull: Tensor, logprobs: Tensor, sequence: Tensor, n_sequences: int, objective: Objective) -> Tensor:
+def logit_gradient(
+    terms: Tensor,
+    log_ratio: Tensor,
+    low: Tensor,
+    high: Tensor,
+    logprobs: Tensor,
+    sequence: Tensor,
+    n_sequences: int,
+    objective: Objective,
+) -> Tensor:
     """L1 norm of the policy term's gradient with respect to the logits of each token, [T] float64, at temperature 1.
 
-    pull [T]: n_t w_t r_t A_t of tokens that got through the clip, else 0, is the gradient with respect to log r; a response's
-    log r spreads it evenly over its tokens. That of log p(y) with respect to the logits is onehot(y) - p, whose L1 norm is
-    2 (1 - p(y)). So it is exact, without penalties, and where error tokens are the unlikely ones it shows. It is not the norm
-    over weights, for which every response would need a backward of its own, and where gradients of tokens cancel.
+    terms [T]: n_t w_t r_t A_t. Where r got through the clip this is the gradient with respect to log r, else that is 0; a
+    response's log r spreads it evenly over its tokens. That of log p(y) with respect to the logits is onehot(y) - p, whose L1
+    norm is 2 (1 - p(y)). So it is exact, without penalties, and where error tokens are the unlikely ones it shows. It is not the
+    norm over weights, for which every response would need a backward of its own, and where gradients of tokens cancel.
     """
+    ratio = bounded_exp(log_ratio)
+    pull = terms * ((ratio >= low) & (ratio <= high) & (log_ratio.abs() <= LOG_RATIO_LIMIT))
     if objective.ratio == "sequence":
         pull = segment_mean(pull, sequence, n_sequences)[sequence]
     return pull.abs() * 2 * -torch.expm1(logprobs.clamp(max=0))  # rounding may leave p a little above 1
+
+
+def penalties(
+    logprobs: Tensor, reference_logprobs: Tensor | None, entropies: Tensor | None, objective: Objective
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What is taken from each token's term; its KL estimate, 0 where the objective has none; its entropy, 0 where none is given."""
+    penalty = kl = torch.zeros_like(logprobs)
+    if objective.kl_coefficient:
+        assert reference_logprobs is not None, "kl_coefficient is not 0"
+        kl = kl_estimate(logprobs, reference_logprobs, objective.kl_estimator)
+        penalty = objective.kl_coefficient * kl
+    if objective.entropy_coefficient:
+        assert entropies is not None, "entropy_coefficient is not 0"
+        penalty = penalty - objective.entropy_coefficient * entropies
+    return penalty, kl, torch.zeros_like(logprobs) if entropies is None else entropies
 
 
 def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, estimator: KLEstimator) -> Tensor:

@@ -113,6 +113,14 @@ def test_a_warning_is_said_once_a_row_and_counted_every_step(name):
     assert all(WATCHES[name].cause in text and WATCHES[name].change in text for text in said)
 
 
+def test_a_step_without_the_metric_warns_of_nothing_and_does_not_interrupt_a_row_of_warnings():
+    said: list[str] = []
+    watcher = guard(said, warn={"grad_norm": 10.0})
+    rows = [FINE | {"grad_norm": 11.0}, {"mismatch/mean_abs": 0.1}, FINE | {"grad_norm": 12.0}]
+    assert [watcher.look(step, row)["guard/warnings"] for step, row in enumerate(rows)] == [1, 0, 1]
+    assert len(said) == 1
+
+
 @pytest.mark.parametrize("name", ["mismatch", "ess"])
 def test_a_rollout_beyond_the_mismatch_is_not_trusted_and_the_next_sync_reads_back(name):
     metric, on, beyond = EDGES[name]

@@ -35,3 +35,19 @@ def test_every_replay_writes_the_same_tensors():
     second = recording.replay()
     assert [t.data_ptr() for t in first] == [t.data_ptr() for t in second]
     assert first[0].tolist() == [6.0] * 8 and first[1].tolist() == [4.0] * 8
+
+
+def test_garbage_that_holds_a_graph_is_not_freed_while_another_is_captured():
+    x = torch.ones(8, device="cuda")
+
+    def with_garbage() -> torch.Tensor:
+        for _ in range(2000):  # the collector looks after some hundred new containers
+            cycle: list[object] = []
+            cycle.append(cycle)
+        return x + 1
+
+    cycle: list[object] = [Recording(lambda: x * 2)]
+    cycle.append(cycle)
+    del cycle
+    assert Recording(with_garbage).replay().tolist() == [2.0] * 8
+    assert gc.isenabled()
