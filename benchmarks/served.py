@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +59,17 @@ def visible_gpus() -> list[str | None]:
     return [*named.split(",")] if torch.cuda.is_available() else [None]
 
 
-def judge(row: dict[str, Any]) -> None:
-    """Adds the worst of a job's refills."""
+def judge(row: dict[str, Any]) -> dict[str, Any]:
+    """With the worst of a job's refills."""
     refills = row.get("refills", [])
     row["done"] = len(refills)
     if not refills:
-        return
+        return row
     row["same"] = sum(r["same_sequences"] for r in refills)
     row["of"] = sum(r["sequences"] for r in refills)
     row["gap"] = max(max(r["gap_scores"], r["gap_drawn"] or 0.0) for r in refills)
     row["spread"] = max(max(r["spread_refilled"], r["spread_fresh"]) for r in refills)
+    return row
 
 
 def main() -> None:
@@ -90,6 +91,8 @@ def main() -> None:
             if not folder.exists():
                 make_model(name, folder, arguments.tiny, seed)
     torch.cuda.empty_cache()
+    name = "h200" if gpus != [None] and "H200" in torch.cuda.get_device_name() else "gpu"
+    out = work / "served_tiny.json" if arguments.tiny else record.RESULTS / f"served_{name}.json"
     formats = arguments.formats or (CPU_FORMATS if gpus == [None] else FORMATS)
     cases = [(name, format) for name in reversed(models) for format in formats]
     with ThreadPoolExecutor(arguments.parallel * len(gpus)) as pool:
@@ -97,19 +100,16 @@ def main() -> None:
             pool.submit(do, name, format, folders[name], work, gpus[i % len(gpus)], arguments.limit)
             for i, (name, format) in enumerate(cases)
         ]
-        rows = [job.result() for job in jobs]
-    for row in rows:
-        judge(row)
+        rows: list[dict[str, Any]] = []
+        for job in as_completed(jobs):
+            rows.append(judge(job.result()))
+            written = record.write_file(out, rows)  # each time: what is cut off keeps what was done
     columns = {"model": "", "format": "", "done": "d", "same": "d", "of": "d", "gap": ".1e", "spread": ".1e"}
     print(record.table(rows, columns))
     for row in rows:
         if "error" in row:
             print(f"{row['model']} {row['format']}: {row['error']}")
-    if arguments.tiny:
-        print("written to", record.write_file(work / "served_tiny.json", rows))
-    else:
-        name = "h200" if gpus != [None] and "H200" in torch.cuda.get_device_name() else "gpu"
-        print("written to", record.write(f"served_{name}", rows))
+    print("written to", written)
 
 
 if __name__ == "__main__":

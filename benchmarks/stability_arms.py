@@ -12,7 +12,8 @@ from pathlib import Path
 from qarl.config import PocketConfig
 
 #: Pocket models, by their shape. Widths are multiples of 128, so that groups of w4a16 and Marlin's tiles fit. The warm start ends
-#: as soon as the model is right often enough, after `steps` at the latest.
+#: as soon as the model is right often enough, after `steps` at the latest, towards which its learning
+#: rates come down.
 DENSE = PocketConfig(
     hidden_size=512,
     intermediate_size=1536,
@@ -21,7 +22,7 @@ DENSE = PocketConfig(
     kv_heads=4,
     head_dim=64,
     init_std=0.02,
-    steps=2000,
+    steps=800,
     batch_size=64,
     adam_lr=3e-3,
 )
@@ -35,7 +36,7 @@ MOE = PocketConfig(
     init_std=0.02,
     experts=16,
     experts_per_token=2,
-    steps=2000,
+    steps=800,
     batch_size=64,
     adam_lr=2e-3,
 )

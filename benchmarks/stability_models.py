@@ -12,6 +12,7 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -70,13 +71,16 @@ def worked(question: str) -> str:
     return "".join(lines) + str(total)
 
 
-def warm(name: str, work: Path, target: float, every: int, limit_s: float, gguf: str) -> dict[str, Any]:
+def warm(
+    name: str, work: Path, *, target: float, every: int, steps: int | None, limit_s: float, gguf: str
+) -> dict[str, Any]:
     """Train model `name` on `warm.jsonl` until its chance on `check.jsonl` reaches `target`, and save it as BF16 under `models`.
 
-    Looks every `every` steps, and at the last one. What it has after `limit_s` seconds, or after the steps of its spec, is saved
-    too, and said not to have reached the target.
+    Looks every `every` steps, and at the last one. What it has after `limit_s` seconds, or after `steps` (those of its spec where
+    `None`; learning rates come down towards them), is saved too, and said not to have reached the target.
     """
-    spec, device = MODELS[name], torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    spec = MODELS[name] if steps is None else replace(MODELS[name], steps=steps)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")  # on a GPU in TF32
     model, tokenizer = _beginning(name, spec, gguf)
     model.to(device)

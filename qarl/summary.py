@@ -38,8 +38,10 @@ def conclude(config: RunConfig, run_dir: Path, seconds: float) -> str:
     lines = [f"report: {run_dir / 'report.html'}"]
     start, end, mismatch = (summary[k] for k in ("accuracy_start", "accuracy_end", "mismatch_mean_abs"))
     if isinstance(start, float) and isinstance(end, float):
+        temperature = config.evaluation.temperature
+        drawn = f"at temperature {temperature:g}" if temperature else "greedy"
         lines.append(
-            f"held-out accuracy {start:.3f} -> {end:.3f} (greedy, sampled by {config.rollout.engine} at {config.rollout.format})"
+            f"held-out accuracy {start:.3f} -> {end:.3f} ({drawn}, sampled by {config.rollout.engine} at {config.rollout.format})"
         )
     if isinstance(mismatch, float):
         lines.append(f"sampler and learner ({config.learner.backend}) differ by {mismatch:.2e} nats a token")

@@ -5,13 +5,17 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks import faults, kernels, refill, rollout, timing
 from benchmarks.floors import ideal_ratio
 from benchmarks.rows import Bar, Report
+from benchmarks.served import judge
+from benchmarks.served_job import REPEATS, Served, compare
 from qarl.errors import ConfigError
+from qarl.records import Completion
 
 
 @pytest.mark.parametrize("group", ["quantize", "dense", "experts", "head"])
@@ -176,3 +180,30 @@ def test_both_engines_generate_and_what_does_not_run_is_kept_as_refused(tmp_path
     )  # on a CPU without experts
     (row,) = json.loads(out.read_text())["rows"]
     assert "int8 experts" in row["refused"] and "tokens_s" not in row
+
+
+def _served(texts: list[list[int]], drawn: list[list[float]], scores: list[list[float]]) -> Served:
+    completions = [
+        Completion(i, 0, np.array(t, np.int32), np.zeros(len(t)), "", "length", 0) for i, t in enumerate(texts)
+    ]
+    return Served(completions, [], [np.array(row) for row in scores], [np.array(row) for row in drawn])
+
+
+def test_a_refilled_engine_is_compared_with_a_fresh_one_and_each_with_itself():
+    ours = _served(
+        [[1, 2], [3]], [[-1.0, -2.0, -3.0]] * REPEATS, [[-1.0, -2.0, -3.0], [-1.0, -2.25, -3.0], [-1.0, -2.0, -3.0]]
+    )
+    fresh = _served([[1, 2], [3]], [[-1.0, -2.0, -3.5]] * REPEATS, [[-1.0, -2.0, -3.0625]] * REPEATS)
+    row = compare(ours, fresh)
+    assert (row["same_sequences"], row["sequences"], row["tokens"]) == (2, 2, 3)
+    assert (row["gap_scores"], row["gap_drawn"]) == (0.0625, 0.5)
+    assert (row["spread_refilled"], row["spread_fresh"], row["repeats_with_other_tokens"]) == (0.25, 0.0, 0)
+    judged = judge({"refills": [row, row | {"same_sequences": 1, "gap_scores": 0.75}]})
+    assert (judged["same"], judged["of"], judged["gap"], judged["spread"]) == (3, 4, 0.75, 0.25)
+
+
+def test_log_probs_of_different_greedy_tokens_are_not_compared():
+    ours = _served([[1, 2]], [[-1.0, -2.0]] * REPEATS, [[-1.0, -2.0]] * REPEATS)
+    fresh = _served([[1, 4]], [[-1.0, -9.0]] * (REPEATS - 1), [[-1.0, -2.0]] * REPEATS)
+    row = compare(ours, fresh)
+    assert (row["same_sequences"], row["gap_drawn"], row["repeats_with_other_tokens"]) == (0, None, 1)

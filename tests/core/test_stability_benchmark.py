@@ -385,7 +385,7 @@ def test_a_warm_start_ends_at_its_target_and_saves_a_model_that_serves(tmp_path,
     stability_models.write_data(tmp_path / "data", 3, 1, {"warm": 20, "heldout": 3, "check": 3})
     seen = iter([0.1, 0.2, 0.4, 0.9])
     monkeypatch.setattr(stability_models, "chance", lambda *_: next(seen))
-    found = stability_models.warm("tiny", tmp_path, 0.3, 2, math.inf, "")
+    found = stability_models.warm("tiny", tmp_path, target=0.3, every=2, steps=10, limit_s=math.inf, gguf="")
     assert found["steps"] == 6 and found["reached"]
     folder = tmp_path / "models" / "tiny"
     model, tokenizer = (
@@ -413,7 +413,7 @@ def test_a_warm_start_that_ends_without_its_target_is_looked_at_as_it_is_saved(t
     stability_models.write_data(tmp_path / "data", 3, 1, {"warm": 20, "check": 3})
     looks = iter([0.5])
     monkeypatch.setattr(stability_models, "chance", lambda *_: next(looks))
-    found = stability_models.warm("tiny", tmp_path, 0.3, 1000, limit_s, "")
+    found = stability_models.warm("tiny", tmp_path, target=0.3, every=1000, steps=40, limit_s=limit_s, gguf="")
     assert (found["steps"], found["reached"], list(looks)) == (steps, True, [])
 
 
