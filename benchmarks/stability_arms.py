@@ -182,4 +182,5 @@ class Job:
 def schedule(models: list[str], arms: list[str], seeds: list[int]) -> list[Job]:
     """Whole seeds first, the table's arms before the others: what a limit of time cuts off is what matters least."""
     groups = [[a for a in arms if ARMS[a] in TABLE], [a for a in arms if ARMS[a] not in TABLE]]
-    return [Job(model, arm, seed) for model in models for group in groups for seed in seeds for arm in group]
+    jobs = [Job(model, arm, seed) for model in models for group in groups for seed in seeds for arm in group]
+    return list(dict.fromkeys(jobs))  # one that is named twice would run twice at a time, in one folder

@@ -117,6 +117,7 @@ def test_whole_seeds_of_the_table_come_first():
     assert [j.arm for j in jobs[: len(table)]] == table
     assert len(set(jobs)) == len(jobs) == 2 * 2 * len(ARMS)
     assert jobs[len(jobs) // 2].model == "moe"
+    assert schedule(["moe"], [BASELINE, BASELINE], [0, 1, 0]) == [Job("moe", BASELINE, seed) for seed in (0, 1)]
 
 
 def test_names_of_arms_are_whole_and_distinct():
