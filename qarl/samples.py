@@ -26,7 +26,8 @@ def to_samples(
 ) -> list[Sample]:
     """Completions with their rewards [prompts x group], advantages within each group and error tokens, prompt by prompt.
 
-    `left_out`: bool [prompts x group], rewards that say nothing: advantage 0, and no part in those of their groups.
+    `left_out`: bool [prompts x group], rewards that say nothing: advantage 0, and no part in those of their groups. They stay in
+    the batch, so that neither mini-batches nor the weight of another response depend on how many there are.
     """
     group = len(completions) // len(prompts)
     rewards_PG = torch.from_numpy(rewards.reshape(len(prompts), group))

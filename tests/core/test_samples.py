@@ -47,6 +47,10 @@ def test_a_reward_that_is_left_out_gives_no_advantage_and_changes_no_other():
     first, second = advantages(torch.tensor([[1.0, 0, 1]]), "grpo"), advantages(torch.tensor([[0.0, 1, 0, 0]]), "grpo")
     assert found == [*first[0, :2].tolist(), 0.0, first[0, 2].item(), *second[0].tolist()]
     counted = [s.advantage for s in to_samples(prompts, completions, rewards, "grpo")]
+    batch = pack(to_samples(prompts, completions, rewards, "grpo", left_out), ranks=1, tokens=100)
+    assert (batch.n_sequences, batch.n_tokens) == (8, sum(len(c.tokens) for c in completions)), (
+        "as if none were left out"
+    )
     assert counted[2] < 0 and counted[0] > found[0] and counted[4:] == found[4:]
     none_known = to_samples(prompts, completions, rewards, "rloo", np.ones(8, bool))
     assert {s.advantage for s in none_known} == {0.0}
