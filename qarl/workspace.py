@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qarl.dashboard import SAMPLES, SECTIONS, Chart, Section
+from qarl.errors import ConfigError
 from qarl.rundir import load_config
 
 NAME = "QaRL"
@@ -86,12 +87,19 @@ def main() -> None:
     arguments = parser.parse_args()
     if not (arguments.run / "config.yaml").exists():
         parser.error(f"{arguments.run}: no run is there (config.yaml is missing)")
+    try:
+        project = load_config(arguments.run).logging.project
+    except ConfigError as error:
+        parser.error(str(error))
     import wandb
 
-    entity = arguments.entity or wandb.Api().default_entity
-    if not entity:
-        parser.error("W&B does not say whose login this is: name the user or team with --entity")
-    print(save_workspace(entity, load_config(arguments.run).logging.project))
+    try:
+        entity = arguments.entity or wandb.Api().default_entity
+        if not entity:
+            parser.error("W&B does not say whose login this is: name the user or team with --entity")
+        print(save_workspace(entity, project))
+    except wandb.Error as error:
+        parser.error(f"W&B: {error}")
 
 
 if __name__ == "__main__":

@@ -99,9 +99,9 @@ class Server:
         return {"errors": [{"message": f"this server does not know {query[:80]}"}]}
 
 
-def make_workspace(run_dir: Path, url: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def make_workspace(run_dir: Path, url: str, *arguments: str, key: str = "0" * 40) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    env = clean | {"WANDB_BASE_URL": url, "WANDB_API_KEY": "0" * 40, "WANDB_ERROR_REPORTING": "false"}
+    env = clean | {"WANDB_BASE_URL": url, "WANDB_API_KEY": key, "WANDB_ERROR_REPORTING": "false", "HOME": str(run_dir)}
     command = [sys.executable, "-m", "qarl.workspace", str(run_dir), *arguments]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
 
@@ -124,3 +124,13 @@ def test_the_command_saves_one_view_for_a_project_and_later_runs_find_it(tmp_pat
 def test_the_command_refuses_a_folder_that_is_no_run(tmp_path: Path):
     done = make_workspace(tmp_path, "http://127.0.0.1:9")
     assert done.returncode == 2 and "config.yaml is missing" in done.stderr
+
+
+def test_the_command_says_what_it_lacks_without_a_traceback(tmp_path: Path):
+    (tmp_path / "config.yaml").write_text("logging: {project: sums}\n")
+    done = make_workspace(tmp_path, "http://127.0.0.1:9", key="")
+    assert done.returncode == 2 and "error: W&B: No API key configured" in done.stderr
+    (tmp_path / "config.yaml").write_text("guard: {max_mismatch: 1}\n")
+    done = make_workspace(tmp_path, "http://127.0.0.1:9")
+    assert done.returncode == 2 and "config.yaml: guard.max_mismatch: unknown key" in done.stderr
+    assert "Traceback" not in done.stderr
