@@ -98,8 +98,9 @@ def _conclude(model: str, arm: str, rows: list[dict[str, Any]], baseline: list[d
         values = [v for row in rows for v in _measured(row, metric)]
         return float(np.mean(values)) if values else None
 
-    policies = [row["policy"] for row in rows if "policy" in row]
-    served = ARMS[arm].format
+    def chance(format: str) -> float | None:
+        values = [row["policy"][format] for row in rows if format in row.get("policy", ())]
+        return float(np.mean(values)) if values else None
 
     return {
         "model": model,
@@ -109,8 +110,8 @@ def _conclude(model: str, arm: str, rows: list[dict[str, Any]], baseline: list[d
         "last": float(last.mean()),
         "spread": float(last.std(ddof=1)) if len(last) > 1 else None,
         "points": 100 * float(np.mean(lost)) if lost else None,
-        "policy_bf16": float(np.mean([p["bf16"] for p in policies])) if policies else None,
-        "policy_served": float(np.mean([p[served] for p in policies])) if policies else None,
+        "policy_bf16": chance("bf16"),
+        "policy_served": chance(ARMS[arm].format),
         "mismatch": mean("mismatch/mean_abs"),
         "k3": mean("mismatch/k3"),
         "entropy": float(np.mean([_measured(row, "entropy")[-1] for row in rows])),

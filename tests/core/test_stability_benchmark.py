@@ -336,6 +336,16 @@ def test_the_table_compares_seed_by_seed_and_leaves_unfinished_runs_out():
     assert low["speed"] == pytest.approx(2.0) and low["step_s"] == pytest.approx(1.0)
 
 
+def test_chances_of_policies_are_of_the_formats_that_were_looked_at():
+    """A machine may not have the arm's format."""
+    looked = [
+        row | {"policy": {"bf16": 0.25, **more}} for row, more in zip(ROWS[2:4], ({"w4a16": 0.5}, {}), strict=True)
+    ]
+    (found,) = conclude(looked)
+    assert (found["policy_bf16"], found["policy_served"]) == (0.25, 0.5)
+    assert conclude([row | {"policy": {"bf16": 0.25}} for row in ROWS[2:3]])[0]["policy_served"] is None
+
+
 def test_wall_clock_to_an_accuracy_counts_training_alone():
     assert list(step_seconds(ROWS[0])) == [2.0] * 5
     assert reached(ROWS[0], 0.5) == 4.0  # after the steps 0 and 1
