@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks import ladder
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -61,3 +63,20 @@ def test_the_whole_benchmark_runs_on_narrow_models(tmp_path):
     dense = rows["qwen3-8b-4l", "bf16"]["backends"], rows["qwen3-8b-4l", "w8a8_int8"].get("backends")
     assert dense[0]["none"]["mean_abs"] < 1e-4 and dense[0]["auto"]["mean_abs"] < 1e-4
     assert dense[1] is None or dense[1]["none"]["mean_abs"] > 1000 * dense[0]["none"]["mean_abs"]
+
+
+def test_the_ladder_has_a_rung_for_each_learner_that_ran(tmp_path):
+    row = {
+        "model": "m-4l",
+        "format": "w4a16",
+        "engine_self": {"mean_abs": 0.0},
+        "backends": {
+            "none": {"mean_abs": 0.5},
+            "emulated": {"mean_abs": 0.1},
+            "fused": {"error": "no"},
+            "auto": {"mean_abs": 0.25},
+        },
+    }
+    assert ladder.rungs(row) == {"none": 0.5, "auto": 0.25, "engine_self": 0.0}
+    ladder.draw([row], tmp_path / "ladder.png")
+    assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")
