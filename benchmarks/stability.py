@@ -77,7 +77,7 @@ def _run(arguments: argparse.Namespace) -> None:
             raise ConfigError(
                 f"--models: no {arguments.work / 'models' / job.model}; python -m benchmarks.stability warm makes it"
             )
-    rows = Rows(arguments.out, jobs_a_gpu=arguments.jobs, gpus=len(arguments.gpus))
+    rows = Rows(arguments.out)
     left = [(job, overrides) for job, overrides in jobs if not rows.finished(job, overrides)]
     print(f"{len(left)} of {len(jobs)} runs to do", flush=True)
     slots = [gpu for _ in range(arguments.jobs) for gpu in arguments.gpus]

@@ -154,13 +154,14 @@ def curves(rows: list[dict[str, Any]]) -> dict[str, list[float | None]]:
 
 
 class Rows:
-    """The result file: a row a run, the whole of it on the disk after every change. What it says besides stays as it was first."""
+    """The result file: a row a run, the whole of it on the disk after every change. What it says besides stays as it was first;
+    what calls may differ in stands in the rows."""
 
-    def __init__(self, file: Path, **more: Any) -> None:
+    def __init__(self, file: Path) -> None:
         found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"rows": []}
         self.file = file
         self.rows: list[dict[str, Any]] = found.pop("rows")
-        self.more = more | found
+        self.more = found
 
     def put(self, row: dict[str, Any]) -> None:
         self.rows = [r for r in self.rows if _key(r) != _key(row)] + [row]
@@ -201,6 +202,14 @@ def run(
     running: list[Child] = []
     tried: set[Job] = set()
     shortest = 0.0
+
+    def keep(child: Child, stopped: bool = False) -> dict[str, Any]:
+        child.end()
+        row = child.row(stopped) | {"jobs_a_gpu": slots.count(child.gpu), "commit": record.surroundings()["commit"]}
+        rows.put(row)
+        _say(row)
+        return row
+
     handler = signal.signal(
         signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
     )  # children have sessions of their own
@@ -216,11 +225,8 @@ def run(
                 running.append(Child.start(job, overrides, work, free.popleft(), start))
             for child in [c for c in running if c.process.poll() is not None]:
                 running.remove(child)
-                child.end()
+                row = keep(child)
                 free.append(child.gpu)
-                row = child.row()
-                rows.put(row)
-                _say(row)
                 if row["status"] == "finished":
                     shortest = min(shortest or row["seconds"], row["seconds"])
                 elif row["status"] == "failed" and child.job not in tried:
@@ -230,9 +236,7 @@ def run(
     finally:
         stopped = [child.terminate() for child in running]  # all first: each may take a moment
         for child, unfinished in zip(running, stopped, strict=True):
-            child.end()
-            rows.put(row := child.row(unfinished))
-            _say(row)
+            keep(child, unfinished)
         signal.signal(signal.SIGTERM, handler)
 
 

@@ -300,6 +300,9 @@ def test_gpus_get_as_many_runs_as_slots_name_them(tmp_path):
     )
     gpus = [row["gpu"] for row in json.loads((tmp_path / "out.json").read_text())["rows"]]
     assert set(gpus) == {"3", "5"} and len(gpus) == 3
+    run(JOBS[:1], Rows(tmp_path / "out.json"), tmp_path, ["3", "3", "5"], math.inf, fake(tmp_path))
+    jobs = {row["arm"]: row["jobs_a_gpu"] for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
+    assert jobs == {job.arm: 2 if job == JOBS[0][0] else 1 for job, _ in JOBS}, "each row as it was measured"
 
 
 def finished(arm: str, seed: int, accuracy: list[float | None], seconds: float) -> dict[str, Any]:
