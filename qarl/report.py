@@ -117,9 +117,10 @@ def _what(run: RunData) -> str:
 
 
 def _status(run: RunData) -> str:
-    if run.summary:
-        return '<span class="pill good">finished</span>'
     total = run.configured("steps")
+    # A finished run that is continued to more steps still holds the summary of the first time.
+    if run.summary and not (isinstance(total, int) and run.summary.get("steps", total) < total):
+        return '<span class="pill good">finished</span>'
     return (
         f'<span class="pill">not finished: step {run.steps_done}{f" of {escape(str(total))}" if total else ""}</span>'
     )

@@ -13,6 +13,7 @@ import numpy as np
 import yaml
 
 from qarl import jsonl
+from qarl.errors import ConfigError
 from qarl.metrics import METRICS, STAGES
 
 
@@ -79,13 +80,17 @@ def stage(name: str) -> str:
 def load(run_dir: Path) -> RunData:
     config_file, summary_file = run_dir / "config.yaml", run_dir / "summary.json"
     config_text = config_file.read_text(errors="replace") if config_file.exists() else ""
-    config = yaml.safe_load(config_text)
+    try:
+        config = yaml.safe_load(config_text)
+        summary = json.loads(summary_file.read_text()) if summary_file.exists() else {}
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{run_dir}: config.yaml or summary.json cannot be read: {error}") from error
     rows = jsonl.read(run_dir / "metrics.jsonl")
     names = dict.fromkeys(name for row in rows for name in row if name in METRICS)
     return RunData(
         config_text=config_text,
         config=config if isinstance(config, dict) else {},
-        summary=json.loads(summary_file.read_text()) if summary_file.exists() else {},
+        summary=summary,
         samples=jsonl.read(run_dir / "samples.jsonl"),
         steps=np.array([row["step"] for row in rows], dtype=int),
         columns={name: np.array([float(row.get(name, math.nan)) for row in rows]) for name in names},

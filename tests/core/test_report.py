@@ -109,6 +109,24 @@ def test_a_finished_run_is_told_in_three_sentences_tiles_and_charts(tmp_path: Pa
     assert "format: w8a8_int8" in " ".join(page.of("pre"))
 
 
+def test_a_finished_run_that_is_continued_to_more_steps_is_not_finished(tmp_path: Path):
+    run_dir = make_run(tmp_path / "r", 12)
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config | {"steps": 20}))
+    (run_dir / "summary.json").write_text(
+        json.dumps(json.loads((run_dir / "summary.json").read_text()) | {"steps": 12})
+    )
+    assert page_of(run_dir).of("pill")[0] == "not finished: step 12 of 20"
+
+
+@pytest.mark.parametrize(("file", "text"), [("summary.json", "{"), ("config.yaml", "a: [1")])
+def test_a_file_that_cannot_be_read_is_named_with_its_folder(file: str, text: str, tmp_path: Path):
+    run_dir = make_run(tmp_path / "r", 2)
+    (run_dir / file).write_text(text)
+    with pytest.raises(ValueError, match=r"/r: config.yaml or summary.json cannot be read"):
+        load(run_dir)
+
+
 def test_every_metric_of_the_run_stands_in_the_table_with_its_unit(tmp_path: Path):
     page = page_of(make_run(tmp_path / "r", 3))
     cells = page.of("td")
