@@ -7,6 +7,7 @@ import pytest
 
 from qarl import checkpoint, loop
 from qarl.errors import CheckpointError, ConfigError
+from qarl.guard import Guard
 from qarl.rundir import open_run
 
 
@@ -27,7 +28,7 @@ def test_a_mistake_in_the_data_moves_no_old_run_aside(config, tmp_path):
 def test_a_checkpoint_that_is_refused_leaves_the_rows_behind_it(config, monkeypatch):
     """Those of steps to be done again move aside only once the learner has taken the checkpoint."""
     run_dir = open_run(config("resume=auto"))
-    state = {"step": 1, "contract_hash": "aaaa", "prompts": {}, "guard": {}}
+    state = {"step": 1, "contract_hash": "aaaa", "prompts": {}, "guard": Guard(config().guard, print).state()}
     checkpoint.save(run_dir.checkpoints, state, lambda folder: None, 2)
     rows = '{"step": 0}\n{"step": 1}\n'
     (run_dir.path / "metrics.jsonl").write_text(rows)
