@@ -183,5 +183,5 @@ def _stages(axis: Any, arms: dict[str, list[dict[str, Any]]]) -> None:
         axis.barh(list(arms), median, left=left, label=stage)
         left += median
     axis.invert_yaxis()
-    axis.set(title="time by stage", xlabel="seconds a step, several runs on one GPU")
+    axis.set(title="time by stage", xlabel="seconds a step, other runs beside it")
     axis.legend(frameon=False, fontsize=8)
