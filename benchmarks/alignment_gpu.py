@@ -10,9 +10,7 @@ idle while it compiles. The folder `--work` keeps the models, and of each job it
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks import record
+from benchmarks.jobs import run_job
 from benchmarks.random_models import NAMES
 from qarl.config import ModelConfig
 from qarl.errors import ConfigError
@@ -36,8 +35,6 @@ CPU_FORMATS = ("bf16", "w8a8_int8")
 SMOLLM2 = "SmolLM2-135M-Instruct"
 #: An aligned learner may be this many times as far from the engine as BF16 from BF16.
 BAR = 1.5
-#: Of every job; what our engine wants of vLLM it says itself.
-ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "WARNING", "TOKENIZERS_PARALLELISM": "false"}
 
 
 @dataclass(frozen=True)
@@ -127,30 +124,12 @@ def do(job: Job, work: Path, arguments: argparse.Namespace, deadline: float) -> 
     limit = min(arguments.limit, deadline - time.monotonic())
     if limit < 20:
         return row | {"error": "not started: the time was up"}
-    out, log = work / f"{job.model}-{job.format}.json", work / f"{job.model}-{job.format}.log"
-    out.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "benchmarks.alignment_job", str(job.folder), job.format, str(out)]
-    command += ["--tokens", "24" if arguments.tiny else "256", "--share", str(arguments.parallel)]
-    command += ["--engine-from", arguments.engine_from]
+    out = work / f"{job.model}-{job.format}.json"
+    words = ["benchmarks.alignment_job", str(job.folder), job.format, str(out)]
+    words += ["--tokens", "24" if arguments.tiny else "256", "--share", str(arguments.parallel)]
+    words += ["--engine-from", arguments.engine_from]
     threads = str(max((os.cpu_count() or 1) // arguments.parallel, 1))
-    environment = {**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": threads}
-    started = time.monotonic()
-    with log.open("w") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment, start_new_session=True)
-        try:
-            status: int | None = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            status = None
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    seconds = time.monotonic() - started
-    if out.exists():
-        row |= json.loads(out.read_text())
-    if status != 0:
-        what = f"killed after {limit:.0f} s" if status is None else f"ended with status {status}"
-        row["error"] = f"{what}; the end of {log}:\n{log.read_text()[-1500:]}"
-    print(f"{job.model} {job.format}: {seconds:.0f} s{' FAILED' if status != 0 else ''}", file=sys.stderr, flush=True)
-    return row | {"job_seconds": seconds}
+    return row | run_job(words, out, {"OMP_NUM_THREADS": threads}, limit)
 
 
 def judge(rows: list[dict[str, Any]]) -> None:

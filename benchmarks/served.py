@@ -9,12 +9,8 @@ Qwen3-8B's and Qwen3-30B-A3B's widths, random weights; written to `results/serve
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
-import sys
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -22,7 +18,8 @@ from typing import Any
 import torch
 
 from benchmarks import record
-from benchmarks.alignment_gpu import CPU_FORMATS, ENVIRONMENT, FORMATS, is_wanted
+from benchmarks.alignment_gpu import CPU_FORMATS, FORMATS, is_wanted
+from benchmarks.jobs import run_job
 from benchmarks.random_models import NAMES, make_model
 
 REFILLS = 3
@@ -30,27 +27,10 @@ REFILLS = 3
 
 def do(model: str, format: str, folders: list[Path], work: Path, gpu: str | None, limit: float) -> dict[str, Any]:
     """Run one job on that GPU; its record, or as far as it got, with the end of its log where it failed."""
-    out, log = work / f"{model}-{format}.json", work / f"{model}-{format}.log"
-    out.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "benchmarks.served_job", format, str(out), *map(str, folders)]
-    environment = {**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": "2"}
-    if gpu is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = gpu
-    started = time.monotonic()
-    row: dict[str, Any] = {"model": model, "format": format}
-    with log.open("w") as stream:
-        try:
-            status: int | None = subprocess.run(
-                command, stdout=stream, stderr=stream, env=environment, timeout=limit
-            ).returncode
-        except subprocess.TimeoutExpired:
-            status = None
-    if out.exists():
-        row |= json.loads(out.read_text())
-    if status != 0:
-        row["error"] = f"{'killed' if status is None else f'ended with status {status}'}; {log.read_text()[-1500:]}"
-    print(f"{model} {format}: {time.monotonic() - started:.0f} s, status {status}", file=sys.stderr, flush=True)
-    return row
+    out = work / f"{model}-{format}.json"
+    words = ["benchmarks.served_job", format, str(out), *map(str, folders)]
+    environment = {"OMP_NUM_THREADS": "2"} | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
+    return {"model": model, "format": format} | run_job(words, out, environment, limit)
 
 
 def visible_gpus() -> list[str | None]:

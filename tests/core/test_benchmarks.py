@@ -1,6 +1,9 @@
 """The benchmark commands run, at sizes that measure nothing, and fail where a row does."""
 
 import json
+import os
+import socket
+import time
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +14,7 @@ import torch
 
 from benchmarks import faults, kernels, refill, rollout, timing
 from benchmarks.floors import ideal_ratio
+from benchmarks.jobs import run_job
 from benchmarks.rows import Bar, Report
 from benchmarks.served import judge
 from benchmarks.served_job import REPEATS, Served, compare
@@ -207,3 +211,31 @@ def test_log_probs_of_different_greedy_tokens_are_not_compared():
     fresh = _served([[1, 4]], [[-1.0, -9.0]] * (REPEATS - 1), [[-1.0, -2.0]] * REPEATS)
     row = compare(ours, fresh)
     assert (row["same_sequences"], row["gap_drawn"], row["repeats_with_other_tokens"]) == (0, None, 1)
+
+
+def test_a_job_that_hangs_is_killed_with_what_it_started_and_keeps_what_it_wrote(tmp_path, monkeypatch):
+    """Its own child holds a port, as an engine's process would hold a GPU's memory."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (tmp_path / "hangs.py").write_text(
+        "import pathlib, subprocess, sys, time\n"
+        f"listen = 'import socket, time; s = socket.create_server((\"127.0.0.1\", {port})); time.sleep(60)'\n"
+        "subprocess.Popen([sys.executable, '-c', listen])\n"
+        "import socket\n"
+        "for _ in range(200):\n"
+        f"    if socket.socket().connect_ex(('127.0.0.1', {port})) == 0: break\n"
+        "    time.sleep(0.05)\n"
+        "pathlib.Path(sys.argv[1]).write_text('{\"half\": 1}')\n"
+        "print('so far', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    out = tmp_path / "row.json"
+    row = run_job(["hangs", str(out)], out, {}, 5.0)
+    assert row["half"] == 1 and "killed after 5 s" in row["error"] and "so far" in row["error"]
+    for _ in range(50):  # the kernel closes the killed child's socket in its own time
+        if (refused := socket.socket().connect_ex(("127.0.0.1", port))) != 0:
+            break
+        time.sleep(0.1)
+    assert refused
