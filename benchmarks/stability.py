@@ -96,7 +96,7 @@ def _policies(arguments: argparse.Namespace) -> None:
         job = Job(row["model"], row["arm"], row["seed"])
         last = checkpoint.newest(arguments.work / "runs" / job.name / "checkpoints")
         if last is not None:  # a file may hold rows of other machines
-            names = dict.fromkeys(("bf16", ARMS[job.arm].format))
+            names = dict.fromkeys(("bf16", job.format))
             rows.put(row | {"policy": chances(last.folder / "policy", arguments.work / "data", tuple(names))})
             print(job.name, rows.rows[-1]["policy"], flush=True)
 

@@ -62,6 +62,9 @@ OF_MODEL: dict[str, tuple[str, ...]] = {
 }
 """What all arms of a model are given."""
 
+FINER = {"smollm2": {"w4a16": "w4a16_g32"}}
+"""Model -> an arm's format -> the one it runs at: 576, the width, is no multiple of 128."""
+
 SMOKE = (
     *(
         "model.dtype=float32",
@@ -121,13 +124,13 @@ class Arm:
         correction = f" + {self.correction.upper()}" if self.correction else ""
         return f"{self.format} rollouts, {learner}, {self.objective.replace('_', '-').upper()}{correction}"
 
-    @property
-    def overrides(self) -> tuple[str, ...]:
+    def overrides(self, format: str) -> tuple[str, ...]:
+        """`format`: the arm's, or what its model takes in that one's place."""
         backend = {"bf16": "none", "aligned": "auto"}[self.learner]
         # The objective first: a correction is one of its keys, and hydra takes the last word.
         objective = [*OBJECTIVES[self.objective], *CORRECTIONS[self.correction]]
         last = {word.partition("=")[0]: word for word in objective}
-        return (f"rollout.format={self.format}", f"learner.backend={backend}", *last.values())
+        return (f"rollout.format={format}", f"learner.backend={backend}", *last.values())
 
 
 TABLE = (
@@ -162,6 +165,11 @@ class Job:
     def name(self) -> str:
         return f"{self.model}-{self.arm}-seed{self.seed}"
 
+    @property
+    def format(self) -> str:
+        format = ARMS[self.arm].format
+        return FINER.get(self.model, {}).get(format, format)
+
     def overrides(self, work: Path, extra: tuple[str, ...] = ()) -> tuple[str, ...]:
         """Arguments of `qarl.train`. `work` holds models, data and runs; `extra` is given to every arm, which
         has the last word: a band for ratios of sequences does not reach the arm whose ratios are of tokens."""
@@ -175,7 +183,7 @@ class Job:
             f"data.heldout.source={work / 'data' / 'heldout.jsonl'}",
             *OF_MODEL[self.model],
             *extra,
-            *ARMS[self.arm].overrides,
+            *ARMS[self.arm].overrides(self.format),
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import record
-from benchmarks.stability_arms import ARMS, BASELINE
+from benchmarks.stability_arms import ARMS, BASELINE, Job
 
 PANELS = {
     "accuracy/heldout": ("held-out accuracy, by the arm's own engine", "linear"),
@@ -111,7 +111,7 @@ def _conclude(model: str, arm: str, rows: list[dict[str, Any]], baseline: list[d
         "spread": float(last.std(ddof=1)) if len(last) > 1 else None,
         "points": 100 * float(np.mean(lost)) if lost else None,
         "policy_bf16": chance("bf16"),
-        "policy_served": chance(ARMS[arm].format),
+        "policy_served": chance(Job(model, arm, 0).format),
         "mismatch": mean("mismatch/mean_abs"),
         "k3": mean("mismatch/k3"),
         "entropy": float(np.mean([_measured(row, "entropy")[-1] for row in rows])),

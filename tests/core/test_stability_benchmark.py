@@ -98,6 +98,13 @@ def test_the_aligned_tbpo_arm_is_the_recipe_itself(composed):
     assert {key for key in recipe if recipe[key] != mine[key]} == {"name", "out"}
 
 
+@pytest.mark.parametrize("arm", [arm.name for arm in TABLE])
+def test_smollm2_takes_int4_in_groups_that_divide_its_width(composed, arm):
+    job = Job("smollm2", arm, 0)
+    expected = ARMS[arm].format.replace("w4a16", "w4a16_g32")
+    assert composed(*job.overrides(Path("w"))).rollout.format == job.format == expected
+
+
 def test_a_wider_band_reaches_sequence_ratios_alone(composed):
     wider = ("algorithm.objective.bounds.positive_high=0.01", "algorithm.objective.bounds.negative_high=0.03")
 
