@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import record
-from benchmarks.stability_arms import ARMS, MODELS, SMOKE, Job, schedule
+from benchmarks.stability_arms import ARMS, MODELS, SMOKE, Job, schedule, taken
 from benchmarks.stability_runs import Rows, run
 from qarl import checkpoint
 from qarl.errors import ConfigError
@@ -40,11 +40,10 @@ def _data(arguments: argparse.Namespace) -> None:
 
 
 def _warm(arguments: argparse.Namespace) -> None:
-    from benchmarks.stability_models import chances, warm
+    from benchmarks.stability_models import FORMATS, chances, warm
 
-    rows = []
     for name in arguments.models:
-        found = warm(
+        row = warm(
             name,
             arguments.work,
             target=arguments.target,
@@ -53,15 +52,11 @@ def _warm(arguments: argparse.Namespace) -> None:
             limit_s=arguments.limit,
             gguf=arguments.gguf,
         )
-        rows.append(found | chances(arguments.work / "models" / name, arguments.work / "data"))
-        print(
-            " ".join(
-                f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={value}"
-                for key, value in rows[-1].items()
-            ),
-            flush=True,
-        )
-    record.write_file(arguments.work / "models" / "warm.json", rows)
+        names = [taken(name, format) for format in FORMATS]
+        row |= chances(arguments.work / "models" / name, arguments.work / "data", names)
+        told = (f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items())
+        print(" ".join(told), flush=True)
+        record.write_file(arguments.work / "models" / f"{name}.json", [row])
 
 
 def _run(arguments: argparse.Namespace) -> None:

@@ -63,7 +63,12 @@ OF_MODEL: dict[str, tuple[str, ...]] = {
 """What all arms of a model are given."""
 
 FINER = {"smollm2": {"w4a16": "w4a16_g32"}}
-"""Model -> an arm's format -> the one it runs at: 576, the width, is no multiple of 128."""
+"""Model -> a format -> the one that it takes in its place: 576, its width, is no multiple of 128."""
+
+
+def taken(model: str, format: str) -> str:
+    return FINER.get(model, {}).get(format, format)
+
 
 SMOKE = (
     *(
@@ -167,8 +172,7 @@ class Job:
 
     @property
     def format(self) -> str:
-        format = ARMS[self.arm].format
-        return FINER.get(self.model, {}).get(format, format)
+        return taken(self.model, ARMS[self.arm].format)
 
     def overrides(self, work: Path, extra: tuple[str, ...] = ()) -> tuple[str, ...]:
         """Arguments of `qarl.train`. `work` holds models, data and runs; `extra` is given to every arm, which

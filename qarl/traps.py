@@ -97,7 +97,9 @@ def _meets(requirement: Requirement, version: str | None) -> bool:
 def _hugging_face_kernels(patient: Patient) -> Finding:
     """A folder `kernels` with an __init__.py takes the place of Hugging Face's package, and with it transformers' own kernels."""
     origin = patient.around["kernels"]
-    if origin is None or "site-packages" not in origin and "dist-packages" not in origin:
+    if origin is None:  # nothing, or a folder that yields to any package of that name
+        return "warning", "Hugging Face's package is not installed", "pip install 'transformers[kernels]'"
+    if "site-packages" not in origin and "dist-packages" not in origin:
         return (
             "BROKEN",
             f"`import kernels` finds {origin}",

@@ -231,12 +231,15 @@ def tokenized(
 
 
 def padded(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor]:
-    """Tokens and labels, each [B, longest], padded on the right; the labels of prompts and padding are IGNORED."""
+    """Tokens and labels, each [B, longest], padded on the right; the labels of prompts and padding are IGNORED.
+
+    Not every tokenizer has a token for padding, and any will do: attention is causal.
+    """
     rows = tokenized(tokenizer, pairs)
     tokens = [torch.tensor(prompt + answer) for prompt, answer in rows]
     labels = [torch.tensor([IGNORED] * len(prompt) + answer) for prompt, answer in rows]
     pad = torch.nn.utils.rnn.pad_sequence
-    return pad(tokens, True, float(tokenizer.pad_token_id)), pad(labels, True, float(IGNORED))
+    return pad(tokens, True), pad(labels, True, float(IGNORED))
 
 
 def _fingerprint(spec: PocketConfig, held_out: Collection[str]) -> str:

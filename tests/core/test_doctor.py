@@ -247,6 +247,7 @@ def test_on_a_machine_without_traps_all_checks_are_ok(around):
 
 BITES: list[tuple[str, str, dict[str, Any], str]] = [
     ("Hugging Face's kernels", "BROKEN", {"kernels": "/repository/kernels/__init__.py"}, "/repository/kernels"),
+    ("Hugging Face's kernels", "warning", {"kernels": None}, "not installed"),
     ("variables", "warning", {"overridden": {"VLLM_NO_USAGE_STATS": "0"}}, "VLLM_NO_USAGE_STATS=0"),
     ("variables", "warning", {"foreign": ["VLLM_BATCH_INVARIANT"]}, "VLLM_BATCH_INVARIANT"),
     ("GPUs", "BROKEN", {"machine": replace(MACHINE, gpus=("H200",))}, "torch is a CPU build"),
