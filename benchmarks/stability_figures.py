@@ -41,6 +41,16 @@ COLUMNS = {
     "speed": ".2f",
     "reached_s": ".0f",
 }
+COLORS = {
+    ("bf16", "gspo", ""): "#c0392b",
+    ("bf16", "gspo", "tis"): "#e67e22",
+    ("bf16", "gspo", "mis"): "#d4ac0d",
+    ("aligned", "gspo", ""): "#17a589",
+    ("aligned", "dual_clip", ""): "#8e44ad",
+    ("aligned", "tbpo", ""): "#1f77b4",
+}
+"""Learner, objective, correction; the baseline is black."""
+STYLES = {"bf16": "-", "w4a16": "-", "w8a8_int8": "--", "w8a8_fp8": ":"}
 REACHED = 0.5
 """Accuracy whose wall-clock the table tells."""
 
@@ -168,8 +178,10 @@ def draw(rows: list[dict[str, Any]], file: Path) -> list[Path]:
 
 def _line(axis: Any, arm: str, steps: np.ndarray, values: np.ndarray) -> None:
     if len(steps):
-        (line,) = axis.plot(steps, values.mean(0), label=ARMS[arm].label)
-        axis.fill_between(steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.12, linewidth=0)
+        one = ARMS[arm]
+        color = "black" if arm == BASELINE else COLORS[one.learner, one.objective, one.correction]
+        axis.plot(steps, values.mean(0), label=one.label, color=color, linestyle=STYLES[one.format])
+        axis.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.08, linewidth=0)
 
 
 def _stages(axis: Any, arms: dict[str, list[dict[str, Any]]]) -> None:
@@ -184,4 +196,4 @@ def _stages(axis: Any, arms: dict[str, list[dict[str, Any]]]) -> None:
         left += median
     axis.invert_yaxis()
     axis.set(title="time by stage", xlabel="seconds a step, other runs beside it")
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, ncols=5, loc="upper center", bbox_to_anchor=(0.4, -0.1))
