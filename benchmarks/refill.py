@@ -140,7 +140,8 @@ def syncs(rig: Rig, n: int) -> dict[str, Any]:
 
 
 def cycles(n: int, rig: Rig) -> dict[str, Any]:
-    """Sleep and refill, which wakes, n times: seconds of each, and the memory before and after."""
+    """Sleep and refill, which wakes, n times: seconds of each, and the memory before and after. Then what it would take to keep
+    the weights in host memory instead, which a refill would have to follow all the same."""
     before = rig.ask("memory")
     rows = []
     for _ in range(n):
@@ -148,7 +149,11 @@ def cycles(n: int, rig: Rig) -> dict[str, Any]:
         _, synced = rig.sync()
         rows.append({"sleep": asleep, "wake": synced["wake"], "sync": synced["whole"], "left": left})
     seconds = {key: statistics.median(row[key] for row in rows) for key in ("sleep", "wake", "sync")}
-    return {"n": n, **seconds, "asleep_bytes": rows[-1]["left"], "before": before, "after": rig.ask("memory")}
+    after = rig.ask("memory")
+    kept = [rig.ask("keep") for _ in range(3)]  # last: it takes the weights' size of host memory
+    down, up = (statistics.median(times) for times in zip(*kept, strict=True))
+    memory = {"asleep_bytes": rows[-1]["left"], "before": before, "after": after}
+    return {"n": n, **seconds, **memory, "keep_sleep": down, "keep_wake": up}
 
 
 def peer(limit: float, rig: Rig) -> float | None:

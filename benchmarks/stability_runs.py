@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -155,9 +156,16 @@ def curves(rows: list[dict[str, Any]]) -> dict[str, list[float | None]]:
 
 class Rows:
     """The result file: a row a run, the whole of it on the disk after every change. What it says besides stays as it was first;
-    what calls may differ in stands in the rows."""
+    what calls may differ in stands in the rows. Only one process may have it at a time: another's rows would be overwritten."""
 
     def __init__(self, file: Path) -> None:
+        """Raises `ConfigError` where another process has the file."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = file.with_suffix(".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"--out: another benchmark is writing {file}; wait for it, or choose another") from None
         found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"rows": []}
         self.file = file
         self.rows: list[dict[str, Any]] = found.pop("rows")

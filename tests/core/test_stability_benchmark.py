@@ -260,6 +260,14 @@ def test_a_run_that_never_began_has_no_steps_of_the_one_before_it(tmp_path):
     assert states(out) == {JOBS[0][0].arm: ("failed", 0)}
 
 
+def test_two_benchmarks_never_write_one_file(tmp_path):
+    first = Rows(tmp_path / "out.json")
+    with pytest.raises(ConfigError, match="--out: another benchmark is writing"):
+        Rows(first.file)
+    del first
+    Rows(tmp_path / "out.json")
+
+
 def test_a_second_call_does_what_is_left(tmp_path):
     out = tmp_path / "out.json"
     run(JOBS, Rows(out), tmp_path, [""], math.inf, fake(tmp_path, codes={JOBS[0][0].arm: 3, JOBS[1][0].arm: 1}))
