@@ -56,7 +56,7 @@ OF_MODEL: dict[str, tuple[str, ...]] = {
         "data.max_prompt_tokens=224",
         "model.max_tokens=640",
         "rollout.kv_cache_gb=4",
-        "learner.optimizer.lr=2e-5",
+        "learner.optimizer.lr=1e-5",
     ),
     "tiny": (),
 }
