@@ -57,6 +57,7 @@ OF_MODEL: dict[str, tuple[str, ...]] = {
         "model.max_tokens=640",
         "rollout.kv_cache_gb=4",
         "learner.optimizer.lr=1e-5",
+        "sync.canary_tolerance=0.3",  # in INT4 its engine differs from itself by 0.06
     ),
     "tiny": (),
 }
