@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import record
-from benchmarks.stability_arms import ARMS, BASELINE, Job
+from benchmarks.stability_arms import ARMS, BASELINE, taken
 
 PANELS = {
     "accuracy/heldout": ("held-out accuracy, by the arm's own engine", "linear"),
@@ -121,7 +121,7 @@ def _conclude(model: str, arm: str, rows: list[dict[str, Any]], baseline: list[d
         "spread": float(last.std(ddof=1)) if len(last) > 1 else None,
         "points": 100 * float(np.mean(lost)) if lost else None,
         "policy_bf16": chance("bf16"),
-        "policy_served": chance(Job(model, arm, 0).format),
+        "policy_served": chance(taken(model, ARMS[arm].format)),
         "mismatch": mean("mismatch/mean_abs"),
         "k3": mean("mismatch/k3"),
         "entropy": float(np.mean([_measured(row, "entropy")[-1] for row in rows])),

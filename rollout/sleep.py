@@ -1,8 +1,9 @@
 """What a sleeping engine remembers: the tensors of its layers that no refill brings.
 
 An engine that sleeps gives back the memory of its weights and of its KV cache; addresses stay, so graphs stay good. The next
-refill brings the weights, sooner than a copy in host memory would be back. But layers and their kernel objects hold more than
-weights: locks that must be zero, strides, permutations, scales of the cache. vLLM restores registered buffers alone.
+refill brings the weights, which after an update are other ones: no copy of them is kept in host memory. But layers and their
+kernel objects hold more than weights: locks that must be zero, strides, permutations, scales of the cache. vLLM restores
+registered buffers alone.
 """
 
 from __future__ import annotations

@@ -97,6 +97,17 @@ def test_tokenizer_round_trips_ascii_one_token_per_character_and_boxed_as_one():
     assert tokenizer.decode(tokenizer(answer + "<|end|>")["input_ids"], skip_special_tokens=True) == answer
 
 
+def test_a_tokenizer_without_padding_pads_behind_what_is_learnt():
+    tokenizer = pocket.build_tokenizer(64)
+    pairs = [("1 + 2", "3"), ("1 + 2", "1+2=3 3")]
+    expected = pocket.padded(tokenizer, pairs)
+    tokenizer.pad_token = None
+    tokens, labels = pocket.padded(tokenizer, pairs)
+    assert torch.equal(tokens, expected[0]) and torch.equal(labels, expected[1])
+    missing = len("1+2=3 3") - len("3")
+    assert (labels[0, -missing:] == pocket.IGNORED).all() and (labels[0, -missing - 2 : -missing] >= 0).all()
+
+
 def test_what_is_not_printable_ascii_becomes_unknown():
     tokenizer = build_tokenizer(512)
     assert tokenizer("a\té☃")["input_ids"] == [tokenizer.convert_tokens_to_ids("a"), *[tokenizer.unk_token_id] * 3]
