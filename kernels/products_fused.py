@@ -94,11 +94,8 @@ def _launch(
     rows = triton.cdiv(m, tile.m)
     table = x  # any pointer: a matrix's is not read
     if offsets is not None:
-        # Each expert, and what follows the last, may end in a tile that is not full.
-        rows += experts + 1
-        table = torch.empty(3, rows, dtype=torch.int32, device=x.device)
-        power = triton.next_power_of_2(experts)
-        _assign[(triton.cdiv(rows, 64),)](offsets, table, m, rows, experts, tile.m, power, 64)
+        table = expert_tiles(offsets, m, tile.m)
+        rows = table.shape[1]
     _multiply[(rows * triton.cdiv(n, tile.n),)](
         TensorDescriptor.from_tensor(x, [tile.m, tile.k]),
         TensorDescriptor.from_tensor(w, [tile.n, tile.k]),
@@ -123,6 +120,17 @@ def _launch(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
+
+
+def expert_tiles(offsets: Tensor, m: int, height: int) -> Tensor:
+    """int32 [3, tiles]: expert, first row and end of every tile of `height` rows, of m that are sorted by expert; see `_assign`."""
+    experts = len(offsets)
+    # Each expert, and what follows the last, may end in a tile that is not full.
+    table = torch.empty(3, triton.cdiv(m, height) + experts + 1, dtype=torch.int32, device=offsets.device)
+    tiles = table.shape[1]
+    power = triton.next_power_of_2(experts)
+    _assign[(triton.cdiv(tiles, 64),)](offsets, table, m, tiles, experts, height, power, 64)
+    return table
 
 
 class _Tile(NamedTuple):

@@ -54,6 +54,10 @@ def products() -> None:
         operand = module.prepare(module.quantize(random(5, 200, 48), group), group, torch.bfloat16)
         module.grouped_product(x, operand, offsets, row_weights)
         module.grouped_product(x, operand, offsets)
+    for group in (32, 128):
+        int4 = w4a16_fused.prepare(w4a16_fused.quantize(random(5, 200, 256), group), group, torch.bfloat16)
+        w4a16_fused.grouped_product(random(70, 256), int4, offsets.clamp(max=66), row_weights)
+        w4a16_fused.grouped_product(random(70, 256), int4, offsets.clamp(max=66))
 
 
 def experts_and_norms() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from triton import language as tl
 
 from qarl.kernels import w4a16, w4a16_fused
-from qarl.kernels.w4a16_fused import dequantize, grouped_product, prepare, product, quantize
+from qarl.kernels.w4a16_fused import dequantize, few_rows_product, grouped_product, prepare, product, quantize
 
 NAN, INF = float("nan"), float("inf")
 
@@ -30,8 +30,10 @@ def seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _rounding_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter cuts a float32 to bfloat16 and loses denormals; a GPU (cvt.rn) and torch round half to even."""
-    cast = interpreter.InterpreterBuilder.cast_impl
+    """The interpreter cuts a float32 to bfloat16 and loses denormals; a GPU (cvt.rn) and torch round half to even. And it
+    computes with the bits of a bfloat16 as if they were an integer."""
+    builder = interpreter.InterpreterBuilder
+    cast, dot, binary = builder.cast_impl, builder.create_dot, builder.binary_op
 
     def rounding_cast(self: Any, src: Any, dst_type: Any) -> Any:
         pair = (src.dtype.scalar, dst_type.scalar)
@@ -43,7 +45,18 @@ def _rounding_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
             return cast(self, src, dst_type)
         return interpreter.TensorHandle(bits, dst_type.scalar)
 
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", rounding_cast)
+    def widening_dot(self: Any, a: Any, b: Any, *others: Any) -> Any:
+        return dot(self, *(rounding_cast(self, one, tl.float32) for one in (a, b)), *others)
+
+    def rounding_binary(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
+        if lhs.dtype.scalar != tl.bfloat16:
+            return binary(self, lhs, rhs, op)
+        wide = binary(self, *(rounding_cast(self, one, tl.float32) for one in (lhs, rhs)), op)
+        return rounding_cast(self, wide, tl.bfloat16)
+
+    monkeypatch.setattr(builder, "cast_impl", rounding_cast)
+    monkeypatch.setattr(builder, "create_dot", widening_dot)
+    monkeypatch.setattr(builder, "binary_op", rounding_binary)
 
 
 def assert_same(ours: Tensor, theirs: Tensor) -> None:
@@ -229,14 +242,22 @@ def test_an_operand_is_views_of_the_codes(device: str) -> None:
 @pytest.mark.parametrize("ends", [[4, 9, 30], [0, 0, 30], [30, 30, 30], [7, 7, 19], [0, 0, 0]])
 @pytest.mark.parametrize("n", [300, 13])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_grouped_product_is_a_loop_over_experts(ends: list[int], n: int, weighted: bool, device: str) -> None:
-    """Empty experts, all rows on one, rows of no expert, and more columns than a block or no multiple of 8."""
-    operand, weight = operand_of(torch.randn(3, n, 96, device=device))
-    x = torch.randn(30, 96, device=device).bfloat16()
+@pytest.mark.parametrize(
+    ("m", "k", "group"),
+    [(30, 256, 32), (30, 256, 128), (30, 256, 256), (30, 96, 32), (60, 128, 32)],
+    ids=["few", "few-whole", "few-long", "few-odd", "many"],
+)
+def test_grouped_product_is_a_loop_over_experts(
+    ends: list[int], n: int, weighted: bool, m: int, k: int, group: int, device: str
+) -> None:
+    """Empty experts, all rows on one, rows of no expert, and more columns or inputs than a block or no multiple of one."""
+    operand, weight = operand_of(torch.randn(3, n, k, device=device), group)
+    x = torch.randn(m, k, device=device).bfloat16()
+    ends = [end * m // 30 for end in ends]
     x[ends[-1] :] = NAN
-    row_weights = torch.rand(30, device=device) if weighted else None
+    row_weights = torch.rand(m, device=device) if weighted else None
     y = grouped_product(x, operand, torch.tensor(ends, device=device), row_weights)
-    assert y.shape == (30, n)
+    assert y.shape == (m, n)
     assert not y[ends[-1] :].any()
     if row_weights is not None:
         plain = grouped_product(x, operand, torch.tensor(ends, dtype=torch.int32, device=device))
@@ -244,6 +265,22 @@ def test_grouped_product_is_a_loop_over_experts(ends: list[int], n: int, weighte
         y = plain
     for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
         assert_product(y[start:end], x[start:end], weight[e])
+
+
+@pytest.mark.parametrize("group", [8, 32, 128])
+def test_few_rows_multiply_by_the_defined_weight(group: int, device: str) -> None:
+    """One-hot rows read columns of it, bit for bit: all sixteen codes, scales from the smallest to the largest."""
+    codes = {
+        "weight_packed": torch.randint(-(2**31), 2**31, (3, 40, 16), device=device, dtype=torch.int32),
+        "weight_scale": torch.exp2(torch.linspace(-133, 124, 3 * 40 * (128 // group), device=device)).bfloat16(),
+    }
+    codes["weight_scale"] = codes["weight_scale"].view(3, 40, -1)
+    x = torch.eye(128, device=device)[torch.randperm(128)[:30]].bfloat16()
+    y = few_rows_product(x, prepare(codes, group, torch.bfloat16), torch.tensor([10, 20, 30], device=device))
+    columns = x.argmax(1).view(3, 10)
+    weight = w4a16.dequantize({name: part.cpu() for name, part in codes.items()}, group, torch.bfloat16)
+    for expert in range(3):
+        assert torch.equal(y[10 * expert : 10 * expert + 10].cpu(), weight[expert][:, columns[expert].cpu()].T)
 
 
 def test_grouped_product_of_nothing(device: str) -> None:
@@ -256,10 +293,11 @@ def test_grouped_product_of_nothing(device: str) -> None:
 
 
 @pytest.mark.parametrize("value", [NAN, INF])
-def test_nonfinite_inputs_stay_in_their_row(value: float, device: str) -> None:
-    operand, _ = operand_of(torch.randn(3, 24, 96, device=device))
-    x = torch.randn(20, 96, device=device).bfloat16()
-    offsets = torch.tensor([6, 6, 20], device=device)
+@pytest.mark.parametrize("m", [20, 60], ids=["few", "many"])
+def test_nonfinite_inputs_stay_in_their_row(value: float, m: int, device: str) -> None:
+    operand, _ = operand_of(torch.randn(3, 24, 128, device=device))
+    x = torch.randn(m, 128, device=device).bfloat16()
+    offsets = torch.tensor([6, 6, m], device=device)
     clean = grouped_product(x, operand, offsets)
     x[8, 5] = value
     y = grouped_product(x, operand, offsets, None)
@@ -303,11 +341,13 @@ def _grid(weight: Tensor) -> Tensor:
 
 
 @pytest.mark.gpu
-def test_true_expert_layer() -> None:
+@pytest.mark.parametrize("group", [32, 128])
+@pytest.mark.parametrize(("most", "crowd"), [(8, 300), (100, 3000)], ids=["few", "many"])
+def test_true_expert_layer(group: int, most: int, crowd: int) -> None:
     """Qwen3-30B-A3B's gate and up: 128 experts, one of them empty, one crowded; an eighth of the rows has no expert."""
-    operand, _ = operand_of(torch.randn(128, 1536, 2048, device="cuda", dtype=torch.bfloat16), 128)
-    counts = torch.randint(1, 100, (128,), device="cuda")
-    counts[17], counts[40] = 0, 3000
+    operand, _ = operand_of(torch.randn(128, 1536, 2048, device="cuda", dtype=torch.bfloat16), group)
+    counts = torch.randint(1, most, (128,), device="cuda")
+    counts[17], counts[40] = 0, crowd
     offsets = counts.cumsum(0)
     x = torch.randn(int(offsets[-1]) * 8 // 7, 2048, device="cuda", dtype=torch.bfloat16)
     y = grouped_product(x, operand, offsets)
