@@ -265,7 +265,8 @@ def _few_rows_kernel(
         if expert < experts:
             weight_row = expert.to(tl.int64) * N + tl.minimum(column, N - 1)
             x_row = tl.minimum(row, M - 1).to(tl.int64) * words
-            groups, GROUPS = 8 * words // GROUP, 8 * WORDS // GROUP
+            groups = 8 * words // GROUP
+            GROUPS: tl.constexpr = 8 * WORDS // GROUP
             for start in range(0, words, WORDS):
                 word = start + tl.arange(0, WORDS)
                 codes = tl.load(packed + weight_row[:, None] * words + word[None, :])
