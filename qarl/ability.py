@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -53,16 +54,25 @@ class Ability:
         return [f"{where}, {name}: {cell.why}" for name, cell in cells.items() if cell.status == "BROKEN"]
 
 
-def abilities(sandbox: Sandbox, root: Path, dtypes: Sequence[str]) -> Iterator[Ability]:
-    """One after another. `root`: the folder of `trials.make_models`."""
-    for dtype in dtypes:
-        for model in MODELS:
-            refusals = sandbox.ask("vllm_refusals", dtype, model == "experts")
-            for format in formats.FORMATS:
-                yield _try(sandbox, root / model, dtype, format, refusals[format])
+def abilities(sandboxes: Mapping[str, Sandbox], root: Path, dtypes: Sequence[str]) -> Iterator[Ability]:
+    """In order, the models side by side. `sandboxes`: one for each of `MODELS`; `root`: the folder of `trials.make_models`."""
+    lanes = {model: ThreadPoolExecutor(1) for model in MODELS}
+    trials = []
+    try:
+        for dtype in dtypes:
+            for model, lane in lanes.items():
+                refusals = lane.submit(sandboxes[model].ask, "vllm_refusals", dtype, model == "experts")
+                for format in formats.FORMATS:
+                    trials.append(lane.submit(_try, sandboxes[model], root / model, dtype, format, refusals))
+        for trial in trials:
+            yield trial.result()
+    finally:  # one that raised leaves others waiting
+        for lane in lanes.values():
+            lane.shutdown(cancel_futures=True)
 
 
-def _try(sandbox: Sandbox, folder: Path, dtype: str, format: str, refusal: str | None) -> Ability:
+def _try(sandbox: Sandbox, folder: Path, dtype: str, format: str, refusals: Future[dict[str, str | None]]) -> Ability:
+    refusal = refusals.result()[format]
     vllm, written = Cell("no", refusal or ""), None
     if not refusal:
         try:

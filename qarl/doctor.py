@@ -5,7 +5,8 @@
 
 With a tiny Qwen3 and a tiny Qwen3-MoE: vLLM starts, is refilled twice and writes a few tokens at temperature 0.7; then each of the
 learner's backends goes forward and backward on them. Numbers are the mean |difference| of log-probs between learner and sampler, in
-nats a token; the sampler is vLLM where it runs, else the torch engine. All of it happens in a process that may crash or hang.
+nats a token; the sampler is vLLM where it runs, else the torch engine. All of it happens in processes that may crash or hang, one
+for each model.
 
 Ends with 1 where something is broken, or refused that the run needs; with 2 for a mistake in the command.
 """
@@ -15,11 +16,12 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from qarl import cli
-from qarl.ability import Table, abilities, unmet
+from qarl.ability import MODELS, Table, abilities, unmet
 from qarl.config import RunConfig
 from qarl.errors import ConfigError
 from qarl.machine import Machine, look
@@ -38,9 +40,10 @@ def main(arguments: Sequence[str]) -> int:
         "OMP_NUM_THREADS", "1"
     )  # on a busy machine, threads of tiny products mostly wait for each other
     log = Path(tempfile.mkstemp(prefix="qarl-doctor-", suffix=".log")[1])
-    with tempfile.TemporaryDirectory(prefix="qarl-doctor-") as folder, Sandbox("qarl.trials", log) as sandbox:
+    with tempfile.TemporaryDirectory(prefix="qarl-doctor-") as folder, ExitStack() as stack:
+        sandboxes = {model: stack.enter_context(Sandbox("qarl.trials", log)) for model in MODELS}
         try:
-            broken = examine(machine, run, sandbox, Path(folder))
+            broken = examine(machine, run, sandboxes, Path(folder))
         except Broken as error:  # not even torch runs, or no engine at all
             broken = [f"the trials: {error}"]
     if broken:
@@ -59,8 +62,12 @@ def _composed(arguments: Sequence[str]) -> RunConfig:
         raise
 
 
-def examine(machine: Machine, run: RunConfig | None, sandbox: Sandbox, root: Path) -> list[str]:
-    """Print what is found, as it is found; returns what is broken, or refused and needed by the run."""
+def examine(machine: Machine, run: RunConfig | None, sandboxes: Mapping[str, Sandbox], root: Path) -> list[str]:
+    """Print what is found, as it is found; returns what is broken, or refused and needed by the run.
+
+    `sandboxes`: of each of the models, which are tried side by side.
+    """
+    sandbox = next(iter(sandboxes.values()))
     around = sandbox.ask("surroundings")
     sandbox.ask("make_models", root)
     dtypes = [run.model.dtype] if run else ["bfloat16"] if around["gpus"] else ["float32", "bfloat16"]
@@ -69,11 +76,12 @@ def examine(machine: Machine, run: RunConfig | None, sandbox: Sandbox, root: Pat
         f"\nformats, on {'the GPU' if around['gpus'] else 'the CPU'}: does vLLM run; how far is each learner from the sampler"
     )
     print(table.header, flush=True)
-    for one in abilities(sandbox, root, dtypes):
+    for one in abilities(sandboxes, root, dtypes):
         tried.append(one)
         print(table.line(one), flush=True)
     print(table.notes())
-    sandbox.end()  # the next trials get a process that no engine ran in
+    for box in sandboxes.values():
+        box.end()  # the next trials get a process that no engine ran in
     print("\ntraps")
     checks = []
     for check in traps(Patient(machine, around, tried, run, sandbox, root)):

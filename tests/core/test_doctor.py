@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -140,7 +141,11 @@ class Answers:
 
 
 def tried(**answers: Any) -> list[Ability]:
-    return list(abilities(Answers(**answers), Path("models"), ["float32"]))  # type: ignore[arg-type]
+    return list(abilities(boxes(Answers(**answers)), Path("models"), ["float32"]))
+
+
+def boxes(box: Any) -> dict[str, Any]:
+    return dict.fromkeys(MODELS, box)
 
 
 def test_every_format_is_tried_dense_and_with_experts_by_every_backend_that_is_not_refused():
@@ -164,6 +169,29 @@ def test_where_vllm_refuses_or_breaks_the_torch_engine_writes():
         assert one.vllm == (
             Cell("no", "no AMX") if one.format == "bf16" else Cell("BROKEN", "its process died (SIGSEGV)")
         )
+
+
+def test_models_are_tried_side_by_side_each_in_its_own_process_and_told_in_order():
+    both = threading.Barrier(len(MODELS), timeout=10)  # broken where one waits for the other to end
+    own = {model: Answers(sample=lambda folder, *_: (both.wait(), folder)[1]) for model in MODELS}
+    found = list(abilities(own, Path("models"), ["float32", "bfloat16"]))  # type: ignore[arg-type]
+    order = [(dtype, model) for dtype in ("float32", "bfloat16") for model in MODELS for _ in formats.FORMATS]
+    assert [(one.dtype, one.model) for one in found] == order
+    for model, box in own.items():
+        assert {folder.name for name, folder, *_ in box.asked if name == "sample"} == {model}
+
+
+def test_a_trial_that_nothing_comes_of_ends_the_others():
+    def sample(folder, *_):
+        if folder.name == "dense":
+            raise Broken("not even the torch engine")
+        time.sleep(0.02)  # five seconds of all
+
+    box = Answers(sample=sample)
+    with pytest.raises(Broken, match="not even"):
+        list(abilities(boxes(box), Path("models"), ["float32"] * 50))
+    others = [folder for name, folder, *_ in box.asked if name == "sample" and folder.name == "experts"]
+    assert len(others) < 50 * len(formats.FORMATS)
 
 
 @pytest.mark.parametrize("gap", [GARBAGE, float("nan")])
@@ -219,7 +247,7 @@ def patient(run=None, machine=MACHINE, answers: dict[str, Any] | None = None, **
         answers or {}
     )
     box: Any = Answers(**answers)
-    found = list(abilities(box, Path("models"), ["bfloat16"]))
+    found = list(abilities(boxes(box), Path("models"), ["bfloat16"]))
     return traps.Patient(machine, {**AROUND, **around}, found, run, box, Path("models"))
 
 
