@@ -71,7 +71,7 @@ class Served:
             vars(self.engine).pop(method, None)
         if not wanted:
             self.engine._prove = lambda arrived, served, manifest: 0.0
-            self.engine._read_back = lambda tensors: {}
+            self.engine._read_back = lambda: {}
 
     def sleep(self) -> tuple[float, int]:
         """Seconds, and the bytes of this process that are left on the GPU."""

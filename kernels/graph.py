@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
@@ -20,8 +20,7 @@ class Recording(Generic[Made]):
     may go on using the device meanwhile.
     """
 
-    def __init__(self, run: Callable[[], Made], beside: Recording[Any] | None = None) -> None:
-        """`beside`: one whose memory for intermediate results this one may write over; the two must not run at the same time."""
+    def __init__(self, run: Callable[[], Made]) -> None:
         self._run = (
             run  # kept for what its closure holds: freed, those addresses would be others' when the kernels read them
         )
@@ -31,8 +30,7 @@ class Recording(Generic[Made]):
             run()
         current.wait_stream(aside)
         self._graph = torch.cuda.CUDAGraph()
-        pool = beside._graph.pool() if beside else None
-        with _without_collector(), torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+        with _without_collector(), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._made = run()
 
     def replay(self) -> Made:

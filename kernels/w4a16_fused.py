@@ -1,4 +1,5 @@
-"""w4a16 on a GPU: the weight is quantized or dequantized in one pass, then multiplied by torch's bfloat16 products.
+"""w4a16 on a GPU: the weight is quantized or dequantized in one pass, then multiplied by torch's bfloat16 products; for experts of
+few rows it is dequantized in registers, by a product of its own.
 
 Marlin, the sampler's kernel, multiplies the same bfloat16 values and is 1.8 x slower than that at training sizes; the two
 differ in the order of the float32 sums alone. The 16-bit weight lives for one product.
@@ -145,6 +146,7 @@ def few_rows_product(x: Tensor, operand: _Operand, offsets: Tensor, row_weights:
             m,
             n,
             words,
+            m * words,
             tiles,
             len(offsets),
             operand.group,
@@ -241,6 +243,7 @@ def _few_rows_kernel(
     M,
     N,
     words,
+    plane,
     tiles,
     experts,
     GROUP: tl.constexpr,
@@ -251,9 +254,9 @@ def _few_rows_kernel(
 ):
     """y bfloat16 [M, N] = rows times their expert's Ŵ, of packed int32 [E, N, words] and scales bfloat16 [E, N, 8 · words/GROUP].
 
-    x bfloat16 [8, M, words]: the inputs that meet each of a word's eight codes. So a product for each takes the words as they lie,
-    with nothing but arithmetic between load and tensor core: to bring codes into the order of the inputs costs twice the time.
-    Rows and columns beyond the end are the last ones again, and are not stored.
+    x bfloat16 [8, M, words], planes of M · words: the inputs that meet each of a word's eight codes. So a product for each takes
+    the words as they lie, with nothing but arithmetic between load and tensor core: to bring codes into the order of the inputs
+    costs twice the time. Rows and columns beyond the end are the last ones again, and are not stored.
     """
     tile = tl.program_id(1)
     expert, first, end = tl.load(table + tile), tl.load(table + tiles + tile), tl.load(table + 2 * tiles + tile)
@@ -282,7 +285,7 @@ def _few_rows_kernel(
                     # 128 to 143 in bfloat16, where integers are neighbours.
                     raised = ((codes >> (4 * code)) & 15 | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True)
                     weights = (raised - 136.0) * scale
-                    rows = tl.load(x + code * M.to(tl.int64) * words + x_row[:, None] + word[None, :])
+                    rows = tl.load(x + code * plane + x_row[:, None] + word[None, :])
                     acc = tl.dot(rows, weights.T, acc)
         value = acc.to(tl.bfloat16)
         if WEIGHTED:

@@ -66,9 +66,9 @@ def abilities(sandboxes: Mapping[str, Sandbox], root: Path, dtypes: Sequence[str
                     trials.append(lane.submit(_try, sandboxes[model], root / model, dtype, format, refusals))
         for trial in trials:
             yield trial.result()
-    finally:  # one that raised leaves others waiting
+    finally:  # one that raised leaves others waiting, and one under way, which ends with its sandbox
         for lane in lanes.values():
-            lane.shutdown(cancel_futures=True)
+            lane.shutdown(wait=False, cancel_futures=True)
 
 
 def _try(sandbox: Sandbox, folder: Path, dtype: str, format: str, refusals: Future[dict[str, str | None]]) -> Ability:

@@ -33,25 +33,31 @@ class Sandbox:
         self.module, self.log = module, log
         """`log`: takes all that libraries print."""
         self._process: Any = None
+        self._closed = False
 
     def __enter__(self) -> Sandbox:
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Also while another thread waits for an answer, which it gets: `Broken`."""
+        self._closed = True
         self.end()
 
     def ask(self, function: str, *arguments: Any, patience: float = PATIENCE_S) -> Any:
         """What the function returns. Raises `ConfigError` where it does, and `Broken` however else it does not return."""
+        if self._closed:
+            raise Broken("its process was ended")
         if self._process is None:
             self._start()
+        process = self._process
         try:
             self._pipe.send((function, arguments))
             if not self._pipe.poll(patience):
                 raise Broken(f"no answer in {patience:.0f} s")
             told = self._pipe.recv()
         except (EOFError, OSError):
-            self._process.join(5)
-            told = Broken(f"its process died ({_ending(self._process.exitcode)})")
+            process.join(5)
+            told = Broken(f"its process died ({_ending(process.exitcode)})")
         except Broken as silence:
             told = silence
         if isinstance(told, Broken):
@@ -62,15 +68,15 @@ class Sandbox:
 
     def end(self, grace: float = GRACE_S) -> None:
         """End the process and all that it started; the next question starts another."""
-        if self._process is None:
+        process, self._process = self._process, None
+        if process is None:
             return
         self._pipe.close()  # which it takes as its end
-        self._process.join(grace)
+        process.join(grace)
         with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.kill()
-        self._process.join()
-        self._process = None
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.join()
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")

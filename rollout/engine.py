@@ -7,7 +7,7 @@ thousand steps serve the same tokens. `refill` proves what it serves before it s
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -94,8 +94,8 @@ class Engine(ABC):
         """Whether `_read_back` knows the tensor, now that it was loaded."""
         return False
 
-    def _read_back(self, tensors: Iterable[str]) -> Tensors:
-        """Pending checksums of what is served of these now, as it was published; of those whose layout here can be read."""
+    def _read_back(self) -> Tensors:
+        """Pending checksums of what is served now, as it was published, of all tensors whose layout here can be read."""
         return {}
 
     @abstractmethod
@@ -193,11 +193,14 @@ class Engine(ABC):
                     same = {name for name, parts in expected.items() if parts == delivery.specs[name]}
                 with stages("wake"):
                     self._wake_weights()
-                arrived, served = self._load_all(delivery, same, stages)
+                arrived = self._load_all(delivery, same, stages)
                 manifest = delivery.manifest()
             except BaseException:
                 delivery.abandon()
                 raise
+        with stages("verify"):
+            # The device sums while canaries are scored.
+            served = {name: parts for name, parts in self._read_back().items() if name in same}
         with stages("wake"):
             self._wake_caches()
         with self.ranks.together():
@@ -222,11 +225,9 @@ class Engine(ABC):
         proof.check_sums(manifest.checksums, named_sums(arrived | served, sums), served)
         return proof.worst_tile(manifest.tiles, self._served_columns, self.tile_tolerance)
 
-    def _load_all(self, delivery: Delivery, same: set[str], stages: Stages) -> tuple[Tensors, Tensors]:
-        """Pending checksums of tensors as they arrived, and of others, of those in `same`, as they are served: each is read back
-        once it is loaded, while the next ones are on their way."""
+    def _load_all(self, delivery: Delivery, same: set[str], stages: Stages) -> Tensors:
+        """Pending checksums of parts as they arrived; of those in `same` that will be read back instead, of none."""
         arrived: Tensors = {}
-        served: Tensors = {}
         with closing(delivery.buckets()) as buckets:
             while True:
                 with stages("wait"):
@@ -236,13 +237,12 @@ class Engine(ABC):
                 with stages("load"):
                     self._load(tensors)
                 with stages("verify"):
-                    known = [name for name in tensors if name in same and self._can_read_back(name)]
-                    served |= self._read_back(known)
-                    for name in tensors.keys() - set(known):
-                        arrived[name] = {part: pending(values) for part, values in tensors[name].items()}
+                    for name, parts in tensors.items():
+                        if name not in same or not self._can_read_back(name):
+                            arrived[name] = {part: pending(values) for part, values in parts.items()}
         with stages("load"):
             self._loaded()
-        return arrived, served
+        return arrived
 
     def _require_proved(self) -> None:
         if self._refusal:

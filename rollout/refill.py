@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -43,8 +43,8 @@ class Refill:
         self.homes: dict[str, dict[str, Home]] = {}
         """Fused name -> part -> home, of tensors that are written in place."""
         self.specs = expected(self.slots)
-        self._sums: dict[tuple[str, ...], Recording[Tensors]] = {}
-        """Of tensors that are read back together: what sums their bytes, and where the sums come to lie."""
+        self._sums: tuple[int, Recording[Tensors]] | None = None
+        """Of so many homes: what sums their bytes, and where the sums come to lie."""
         self._foreign: set[nn.Module] = set()
         self._members: dict[nn.Module, list[Slot]] = {}
         for slot in self.slots.values():
@@ -72,20 +72,17 @@ class Refill:
                 )
 
     @torch.no_grad()
-    def read_back(self, names: Iterable[str]) -> Tensors:
-        """Pending checksums of those of these tensors that have a home, as they are served: of a few launches a tensor one graph
-        is made. A later call for the same tensors writes the sums anew."""
-        known = tuple(name for name in names if name in self.homes)
-        if not known:
+    def read_back(self) -> Tensors:
+        """Pending checksums of all tensors with a home, as they are served: of a few launches a tensor one graph is made."""
+        if not self.homes:
             return {}
-        if known not in self._sums:
-            self._sums[known] = Recording(self._summing(known), beside=next(iter(self._sums.values()), None))
-        return self._sums[known].replay()
+        if self._sums is None or self._sums[0] != len(self.homes):
+            self._sums = len(self.homes), Recording(self._summing())
+        return self._sums[1].replay()
 
-    def _summing(self, names: Iterable[str]) -> Callable[[], Tensors]:
-        found = {name: self.homes[name] for name in names}
+    def _summing(self) -> Callable[[], Tensors]:
         plain = {
-            (n, p): home.live for n, parts in found.items() for p, home in parts.items() if isinstance(home, Plain)
+            (n, p): home.live for n, parts in self.homes.items() for p, home in parts.items() if isinstance(home, Plain)
         }
         fixed = Fixed(list(plain.values()))
 
@@ -96,7 +93,7 @@ class Refill:
                     part: of_plain[name, part] if isinstance(home, Plain) else home.pending()
                     for part, home in parts.items()
                 }
-                for name, parts in found.items()
+                for name, parts in self.homes.items()
             }
 
         return sums

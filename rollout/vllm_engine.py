@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -131,8 +131,8 @@ class VllmEngine(Engine):
     def _can_read_back(self, tensor: str) -> bool:
         return tensor in self._refill.homes
 
-    def _read_back(self, tensors: Iterable[str]) -> Tensors:
-        return self._refill.read_back(tensors)
+    def _read_back(self) -> Tensors:
+        return self._refill.read_back()
 
     def _loaded(self) -> None:
         from vllm.config import set_current_vllm_config

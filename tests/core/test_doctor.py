@@ -53,6 +53,26 @@ def test_a_process_that_dies_is_told_by_its_signal(sandbox):
     assert box.ask("getppid") == os.getpid()
 
 
+def test_who_waits_for_an_answer_when_it_is_closed_is_told_and_cannot_ask_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(Sandbox.end, "__defaults__", (0.1,))
+    told: list[str] = []
+
+    def wait() -> None:
+        for _ in range(2):
+            try:
+                box.ask("sleep", 60)
+            except Broken as why:
+                told.append(str(why))
+
+    with Sandbox("time", tmp_path / "log") as box:
+        box.ask("time")
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        time.sleep(0.5)
+    waiting.join(20)
+    assert len(told) == 2 and "died" in told[0] and told[1] == "its process was ended" and box._process is None
+
+
 def test_a_process_that_hangs_is_killed(sandbox):
     box = sandbox("time")
     box.ask("time")

@@ -283,6 +283,8 @@ def test_few_rows_multiply_by_the_defined_weight(group: int, device: str) -> Non
     y = few_rows_product(x, prepare(codes, group, torch.bfloat16), torch.tensor([10, 20, 30], device=device))
     columns = x.argmax(1).view(3, 10)
     weight = w4a16.dequantize({name: part.cpu() for name, part in codes.items()}, group, torch.bfloat16)
+    alone = few_rows_product(x[29:], prepare(codes, group, torch.bfloat16), torch.tensor([0, 0, 1], device=device))
+    assert torch.equal(alone[0], y[29])
     for expert in range(3):
         assert torch.equal(y[10 * expert : 10 * expert + 10].cpu(), weight[expert][:, columns[expert].cpu()].T)
 
