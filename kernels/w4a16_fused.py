@@ -18,15 +18,12 @@ import triton.language as tl
 from torch import Tensor
 
 from qarl.kernels import w4a16
-from qarl.kernels.products_fused import expert_tiles
 from qarl.kernels.w4a16 import Codes, _groups
+from qarl.kernels.w4a16_few_fused import is_for, product_of_few
 
 _QUANTIZE = {"tile": 1024, "warps": 1}
 _DEQUANTIZE = {"tile": 4096, "warps": 4}
 """Weights per program: four 16-byte loads in flight in each thread. One warp waits for no other where a scale needs a maximum."""
-_FEW, _WORDS = 16, 16
-"""Rows of a tile of `few_rows_product`, which is taken for as many an expert, and words of a step: the fewest that tensor cores
-multiply."""
 
 
 @torch.no_grad()
@@ -98,15 +95,14 @@ def grouped_product(x: Tensor, operand: _Operand, offsets: Tensor, row_weights: 
     bfloat16, then their product is. Without host synchronisation on Hopper and Blackwell; on other devices torch's grouped
     product copies the offsets to the host.
 
-    Few rows, as canaries have, take a kernel of their own, which sums in another order: to write the weights in 16 bits and read
-    them again would take several times as long as the rest.
+    Few rows, as canaries have, go through `w4a16_few_fused`, which sums in another order.
     """
     experts, n, words = operand.codes["weight_packed"].shape
     if 0 in (*x.shape, experts, n, words):
         return x.new_zeros(len(x), n)
     offsets = offsets.to(torch.int32)
-    if len(x) <= _FEW * experts and _whole(words, operand.group):
-        return few_rows_product(x, operand, offsets, row_weights)
+    if is_for(len(x), experts, words, operand.group):
+        return product_of_few(x, operand.codes, operand.group, offsets, row_weights)
     weight = operand.weight()
     y = torch._grouped_mm(x.contiguous(), weight.transpose(-2, -1), offs=offsets)
     # A tile of 16 rows loops over the columns: few programs, since all but the last leave at once without row_weights.
@@ -123,47 +119,6 @@ def grouped_product(x: Tensor, operand: _Operand, offsets: Tensor, row_weights: 
             COLUMNS=256,
         )
     return y
-
-
-def few_rows_product(x: Tensor, operand: _Operand, offsets: Tensor, row_weights: Tensor | None = None) -> Tensor:
-    """`grouped_product`, dequantizing in registers: reads the codes of experts that have rows, once for each `_FEW` rows.
-
-    K is a multiple of 128, which the group divides or is a multiple of (`_whole`).
-    """
-    packed, scale = operand.codes["weight_packed"].contiguous(), operand.codes["weight_scale"].contiguous()
-    m, (n, words) = len(x), packed.shape[-2:]
-    y = x.new_empty(m, n)
-    with torch.cuda.device_of(x):
-        table = expert_tiles(offsets, m, _FEW)
-        tiles = table.shape[1]
-        _few_rows_kernel[(triton.cdiv(n, 128), tiles)](
-            x.view(m, words, 8).permute(2, 0, 1).contiguous(),
-            packed,
-            scale,
-            y,
-            y if row_weights is None else row_weights.contiguous(),
-            table,
-            m,
-            n,
-            words,
-            m * words,
-            tiles,
-            len(offsets),
-            operand.group,
-            row_weights is not None,
-            BLOCK_M=_FEW,
-            BLOCK_N=128,
-            WORDS=_WORDS,
-            num_warps=4,
-            num_stages=3,
-        )
-    return y
-
-
-def _whole(words: int, group: int | None) -> bool:
-    """Whether a step of `few_rows_product` is always a full one, and has whole groups or lies in one."""
-    assert group is not None  # _groups has refused it
-    return words % _WORDS == 0 and (group % (8 * _WORDS) == 0 or 8 * _WORDS % group == 0)
 
 
 def refusal(device_type: str, dtype: torch.dtype) -> str | None:
@@ -230,69 +185,6 @@ def _dequantize_kernel(
     values = tl.reshape((codes * scale[:, None, None]).to(tl.bfloat16), (GROUPS, 8 * WORDS))
     at = weight + first * GROUP + g[:, None] * GROUP + k[None, :]
     tl.store(at, values, live[:, None] & (k < GROUP)[None, :])
-
-
-@triton.jit
-def _few_rows_kernel(
-    x,
-    packed,
-    scales,
-    y,
-    row_weights,
-    table,
-    M,
-    N,
-    words,
-    plane,
-    tiles,
-    experts,
-    GROUP: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    WORDS: tl.constexpr,
-):
-    """y bfloat16 [M, N] = rows times their expert's Ŵ, of packed int32 [E, N, words] and scales bfloat16 [E, N, 8 · words/GROUP].
-
-    x bfloat16 [8, M, words], planes of M · words: the inputs that meet each of a word's eight codes. So a product for each takes
-    the words as they lie, with nothing but arithmetic between load and tensor core: to bring codes into the order of the inputs
-    costs twice the time. Rows and columns beyond the end are the last ones again, and are not stored.
-    """
-    tile = tl.program_id(1)
-    expert, first, end = tl.load(table + tile), tl.load(table + tiles + tile), tl.load(table + 2 * tiles + tile)
-    if first < end:
-        row = first + tl.arange(0, BLOCK_M)
-        column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside = (row < end)[:, None] & (column < N)[None, :]
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        if expert < experts:
-            weight_row = expert.to(tl.int64) * N + tl.minimum(column, N - 1)
-            x_row = tl.minimum(row, M - 1).to(tl.int64) * words
-            groups = 8 * words // GROUP
-            GROUPS: tl.constexpr = 8 * WORDS // GROUP
-            for start in range(0, words, WORDS):
-                word = start + tl.arange(0, WORDS)
-                codes = tl.load(packed + weight_row[:, None] * words + word[None, :])
-                at = scales + weight_row * groups + 8 * start // GROUP
-                if GROUPS > 1:
-                    # Of a group once, then spread: as many loads of it as words would take three times as long as the rest.
-                    of_group = tl.load(at[:, None] + tl.arange(0, GROUPS)[None, :])[:, :, None]
-                    spread = tl.broadcast_to(of_group, (BLOCK_N, GROUPS, WORDS // GROUPS))
-                    scale = tl.reshape(spread, (BLOCK_N, WORDS))
-                else:
-                    scale = tl.load(at)[:, None]
-                for code in tl.static_range(8):
-                    # 128 to 143 in bfloat16, where integers are neighbours.
-                    raised = ((codes >> (4 * code)) & 15 | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True)
-                    weights = (raised - 136.0) * scale
-                    rows = tl.load(x + code * plane + x_row[:, None] + word[None, :])
-                    acc = tl.dot(rows, weights.T, acc)
-        value = acc.to(tl.bfloat16)
-        if WEIGHTED:
-            last = tl.where(expert < experts, end, 0)
-            factor = tl.load(row_weights + row, row < last, other=0).to(tl.bfloat16).to(tl.float32)
-            value = (value.to(tl.float32) * factor[:, None]).to(tl.bfloat16)
-        tl.store(y + row.to(tl.int64)[:, None] * N + column[None, :], value, inside)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Compiles `w4a16_fused`'s product of few rows for a Hopper, which need not be there, with groups of every kind."""
+"""Compiles `w4a16_few_fused` for a Hopper, which need not be there, with groups of every kind."""
 
 import inspect
 
@@ -6,7 +6,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from qarl.kernels.w4a16_fused import _FEW, _WORDS, _few_rows_kernel
+from qarl.kernels.w4a16_few_fused import _FEW, _WORDS, _few_rows_kernel
 
 POINTERS = {"x": "*bf16", "packed": "*i32", "scales": "*bf16", "y": "*bf16", "row_weights": "*fp32", "table": "*i32"}
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from triton import language as tl
 
 from qarl.kernels import w4a16, w4a16_fused
-from qarl.kernels.w4a16_fused import dequantize, few_rows_product, grouped_product, prepare, product, quantize
+from qarl.kernels.w4a16_few_fused import product_of_few
+from qarl.kernels.w4a16_fused import dequantize, grouped_product, prepare, product, quantize
 
 NAN, INF = float("nan"), float("inf")
 
@@ -280,10 +281,10 @@ def test_few_rows_multiply_by_the_defined_weight(group: int, device: str) -> Non
     }
     codes["weight_scale"] = codes["weight_scale"].view(3, 40, -1)
     x = torch.eye(128, device=device)[torch.randperm(128)[:30]].bfloat16()
-    y = few_rows_product(x, prepare(codes, group, torch.bfloat16), torch.tensor([10, 20, 30], device=device))
+    y = product_of_few(x, codes, group, torch.tensor([10, 20, 30], dtype=torch.int32, device=device))
     columns = x.argmax(1).view(3, 10)
     weight = w4a16.dequantize({name: part.cpu() for name, part in codes.items()}, group, torch.bfloat16)
-    alone = few_rows_product(x[29:], prepare(codes, group, torch.bfloat16), torch.tensor([0, 0, 1], device=device))
+    alone = product_of_few(x[29:], codes, group, torch.tensor([0, 0, 1], dtype=torch.int32, device=device))
     assert torch.equal(alone[0], y[29])
     for expert in range(3):
         assert torch.equal(y[10 * expert : 10 * expert + 10].cpu(), weight[expert][:, columns[expert].cpu()].T)
