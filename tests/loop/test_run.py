@@ -88,11 +88,11 @@ def test_a_run_that_is_killed_twice_continues_with_the_same_metrics(runner, whol
     process = runner.start("killed", "resume=auto")
     runner.kill_once(process, lambda: len(logged()) == 1, group=False)
     assert checkpoint.newest(folder / "checkpoints") is None
-    assert runner.left_over("killed", patience=60) == []
+    assert runner.left_over("killed", patience=15) == []
 
     process = runner.start("killed", "resume=auto")
     runner.kill_once(process, lambda: len(logged()) == 3, group=True)
-    assert runner.left_over("killed", patience=60) == []
+    assert runner.left_over("killed", patience=15) == []
 
     done = runner.run("killed", "resume=auto")
     assert done.returncode == 0, done.stderr[-3000:]
