@@ -79,8 +79,15 @@ class Publisher:
         self.tables = self.tables or outlet._fixed
         outlet._fixed = self.tables if proved else [Unsummed(table) for table in self.tables]
         contract = self.format.contract_hash(covered_shapes(self.shapes, self.format))
-        stages = Stages()
+        stages, scores = Stages(), None
         outlet.begin(self.version, self.format.name, contract)
+        if proved and self.keeps_codes:
+            with stages("quantize"):
+                for name, weight in self.model.named_parameters():
+                    if name in self.aligned.covered:
+                        self.aligned.codes(name, weight)
+            with stages("canary"):
+                scores = self.canary.start(self.batch)
         manifest, seconds = publish(
             self.model.named_parameters(),
             self.shapes,
@@ -93,9 +100,10 @@ class Publisher:
         outlet.announce(manifest)
         if proved:
             with stages("canary"):
-                self.scores = self.canary(self.batch)
+                self.scores = scores() if scores else self.canary(self.batch)
         outlet.finish()
-        return {**seconds, **stages.seconds, "transfer": outlet.wait_s}
+        quantize = seconds["quantize"] + stages.seconds.get("quantize", 0.0)
+        return {**seconds, **stages.seconds, "quantize": quantize, "transfer": outlet.wait_s}
 
     def gap(self, served: list[np.ndarray]) -> float:
         mine = np.concatenate(self.order.unpack([self.scores]))

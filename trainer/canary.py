@@ -6,7 +6,7 @@ long as to run them. The graph reads weights, and the codes made of them, where 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,9 @@ from qarl.records import MicroBatch
 from qarl.trainer.aligned import AlignedModel
 from qarl.trainer.policy import Policy, to_tensors
 
+Scores = Callable[[], list[np.ndarray]]
+"""The log-probs, once they are asked for."""
+
 
 class Canary:
     """Of a policy whose weights are whole (ZeRO below 3)."""
@@ -26,13 +29,21 @@ class Canary:
         self._policy, self._aligned, self._device = policy, aligned, device
         weights = dict(policy.model.named_parameters())
         self._covered = {name: weights[name] for name in aligned.covered}
+        self._aside: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._captured: tuple[list[bytes], list[int], Recording[list[Tensor]]] | None = None
 
-    @torch.no_grad()
     def __call__(self, batches: Sequence[MicroBatch]) -> list[np.ndarray]:
         """float32 [R] of each micro-batch, nats."""
+        return self.start(batches)()
+
+    @torch.no_grad()
+    def start(self, batches: Sequence[MicroBatch]) -> Scores:
+        """The same, to be asked for later: on a GPU it is computed meanwhile, beside what the caller goes on to launch.
+
+        The caller must not change weights or ask for codes that are stale before it has the answer.
+        """
         if self._device.type != "cuda" or not batches:
-            return self._scores(batches)
+            return lambda: self._scores(batches)
         for name, weight in self._covered.items():
             self._aligned.codes(name, weight)  # a graph reads codes, it does not renew them
         asked = [batch.tokens.tobytes() + batch.lengths.tobytes() for batch in batches]
@@ -40,8 +51,16 @@ class Canary:
             self._capture(asked, batches)
         assert self._captured is not None
         *_, recording = self._captured
-        return _as_numpy(recording.replay(), batches)
+        self._aside.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._aside):
+            found = recording.replay()
+        return lambda: self._collect(found, batches)
 
+    def _collect(self, found: Sequence[Tensor], batches: Sequence[MicroBatch]) -> list[np.ndarray]:
+        torch.cuda.current_stream(self._device).wait_stream(self._aside)
+        return _as_numpy(found, batches)
+
+    @torch.no_grad()
     def _scores(self, batches: Sequence[MicroBatch]) -> list[np.ndarray]:
         return _as_numpy(self._forward([to_tensors(batch, self._device) for batch in batches]), batches)
 
