@@ -12,7 +12,7 @@ from qarl import formats
 from qarl.config import RunConfig
 from qarl.errors import ConfigError
 from qarl.sandbox import Broken, Sandbox
-from qarl.shapes import architecture
+from qarl.shapes import architecture, n_experts
 
 MODELS = ("dense", "experts")
 BACKENDS = ("none", "engine", "fused", "emulated")
@@ -102,7 +102,7 @@ def _learn(sandbox: Sandbox, folder: Path, backend: str, tried: Ability) -> Cell
 def unmet(run: RunConfig, tried: Sequence[Ability]) -> Iterator[str]:
     """What the run needs of these and does not get, by key."""
     known = architecture(run.model)
-    models = MODELS if known is None else ("experts",) if known.get("num_experts") else ("dense",)
+    models = MODELS if known is None else ("experts",) if n_experts(known) else ("dense",)
     for one in tried:
         if (one.dtype, one.format) != (run.model.dtype, run.rollout.format) or one.model not in models:
             continue

@@ -77,9 +77,9 @@ class Correction:
             raise ConfigError(
                 f"algorithm.objective.correction.floor: must lie between 0 and cap = {self.cap}, got {self.floor}"
             )
-        if self.kind == "tis" and self.floor != 0:
+        if self.kind != "mis" and self.floor != 0:
             raise ConfigError(
-                f"algorithm.objective.correction.floor: read by kind 'mis' alone, but kind is 'tis', got {self.floor}"
+                f"algorithm.objective.correction.floor: read by kind 'mis' alone, but kind is {self.kind!r}, got {self.floor}"
             )
 
 

@@ -84,6 +84,12 @@ class PocketConfig:
             self.heads % self.kv_heads == 0,
             f"model.pocket.heads: {self.heads} is no multiple of model.pocket.kv_heads = {self.kv_heads}",
         )
+        _not_negative("model.pocket.experts", self.experts)
+        _require(
+            self.experts == 0 or 1 <= self.experts_per_token <= self.experts,
+            f"model.pocket.experts_per_token: must be at least 1 and at most model.pocket.experts = {self.experts}, "
+            f"got {self.experts_per_token}",
+        )
 
 
 @dataclass(frozen=True)
@@ -278,6 +284,10 @@ class AlgorithmConfig:
             self.objective.kl_coefficient == 0,
             f"algorithm.objective.kl_coefficient: must be 0, got {self.objective.kl_coefficient}: no reference policy is kept",
         )
+        _require(
+            self.objective.kl_estimator == "k3",
+            f"algorithm.objective.kl_estimator: {self.objective.kl_estimator!r} would not be read, kl_coefficient is 0",
+        )
 
 
 @dataclass(frozen=True)
@@ -308,6 +318,14 @@ class OptimizerConfig:
         _positive("learner.optimizer.grad_clip", self.grad_clip)
         _not_negative("learner.optimizer.warmup", self.warmup)
         _not_negative("learner.optimizer.weight_decay", self.weight_decay)
+        _require(
+            0 <= self.min_lr_ratio <= 1,
+            f"learner.optimizer.min_lr_ratio: must be at least 0 and at most 1, got {self.min_lr_ratio}",
+        )
+        _require(
+            0 <= self.muon_momentum < 1,
+            f"learner.optimizer.muon_momentum: must be at least 0 and below 1, got {self.muon_momentum}",
+        )
         _require(
             all(0 <= beta < 1 for beta in self.betas),
             f"learner.optimizer.betas: must be at least 0 and below 1, got {list(self.betas)}",
@@ -341,6 +359,8 @@ class LearnerConfig:
     def __post_init__(self) -> None:
         for name in ("ranks", "tokens", "logprob_chunk"):
             _positive(f"learner.{name}", getattr(self, name))
+        if self.threads is not None:
+            _positive("learner.threads", self.threads)
         _require(
             self.zero == 0 or self.optimizer.name == "adamw",
             f"learner.optimizer.name: {self.optimizer.name!r} needs whole matrices, which learner.zero={self.zero} cuts up; "
@@ -392,7 +412,8 @@ class CorrectLimits:
     ess: float | None = None
     """`mismatch/ess_token`, a share, at least."""
     kl: float | None = None
-    """`objective/kl_step`, nats a token, at most; with `algorithm.mini_batches=1` it is always 0."""
+    """`objective/kl_step`, nats a token, at most. A mini-batch sees what those before it did: of the first it is 0, so to correct
+    needs `algorithm.mini_batches` of 3 or more."""
     grad_norm: float | None = None
     """`grad_norm`, before clipping, at most; to correct, of any but the last mini-batch, after which nothing is left to skip."""
     timeouts: float | None = None
@@ -402,7 +423,7 @@ class CorrectLimits:
         """Raise `ConfigError` for a limit that is none."""
         for limit in fields(self):
             value, key = getattr(self, limit.name), f"guard.{level}.{limit.name}"
-            if value is not None and limit.name in ("ess", "error_share", "timeouts"):
+            if value is not None and limit.name in ("ess", "error_share", "timeouts", "dropped"):
                 _require(0 <= value < 1, f"{key}: a share, must be at least 0 and below 1, got {value}")
             elif value is not None and limit.name == "entropy_drift":
                 _require(value > 1, f"{key}: a factor, must be above 1, got {value}")
@@ -418,6 +439,8 @@ class Limits(CorrectLimits):
     """`guard/entropy_drift`, a factor to either side, at most."""
     error_share: float | None = None
     """`error_tokens/share`, at most."""
+    dropped: float | None = None
+    """`mismatch/dropped_share`, at most."""
 
 
 @dataclass(frozen=True)
@@ -434,6 +457,8 @@ class WarnLimits(Limits):
     """`error_tokens/share`: most responses are loops or garbage."""
     timeouts: float | None = 0.1
     """As in `correct`: one in ten is scored wrong without having been read."""
+    dropped: float | None = 0.0
+    """`mismatch/dropped_share`: no log-prob should be NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -444,6 +469,8 @@ class StopLimits(Limits):
     """As in `correct`: sampler and learner are different policies."""
     grad_norm: float | None = 1e4
     """As in `correct`: far beyond what clipping is for."""
+    dropped: float | None = 0.5
+    """`mismatch/dropped_share`: most of what was sampled is not learnt from."""
 
 
 @dataclass(frozen=True)
@@ -582,6 +609,12 @@ class RunConfig:
             self.model.max_tokens <= self.learner.tokens,
             f"learner.tokens: {self.learner.tokens} cannot hold one sequence of model.max_tokens = {self.model.max_tokens}",
         )
+        for limit, least in {"kl": 3, "grad_norm": 2}.items():
+            _require(
+                getattr(self.guard.correct, limit) is None or self.algorithm.mini_batches >= least,
+                f"guard.correct.{limit}: with algorithm.mini_batches={self.algorithm.mini_batches} nothing is left to skip once it "
+                f"is seen; needs {least} or more",
+            )
 
     @property
     def carrier(self) -> Literal["host", "ipc", "broadcast"]:
@@ -592,6 +625,11 @@ class RunConfig:
 
     def _check_placement(self) -> None:
         gpus, mode = self.placement.gpus, self.placement.mode
+        _not_negative("placement.gpus", gpus)
+        _require(
+            gpus > 0 or mode == "colocate",
+            f"placement.mode: {mode!r} says which GPUs are whose, but placement.gpus is 0; choices: 'colocate', or placement.gpus",
+        )
         _require(
             not self.rollout.sleep or (gpus > 0 and mode == "colocate" and self.rollout.engine == "vllm"),
             "rollout.sleep: an engine sleeps for a learner on its GPU: needs rollout.engine=vllm, placement.mode=colocate and "

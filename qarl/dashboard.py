@@ -99,11 +99,6 @@ OVERVIEW = Section(
         Chart(
             "Loss", "Penalties included. It need not fall: reward is the measure.", (Line("objective/loss", "loss"),)
         ),
-        Chart(
-            "KL to the reference",
-            "Nats a token; 0 without a reference policy. A steady rise is learning, a jump is not.",
-            (Line("objective/kl", "KL"),),
-        ),
         Chart("KL of the step", "Nats a token. Healthy: small and steady.", (Line("objective/kl_step", "KL"),)),
         Chart("Learning rate", "Of the step's last update.", (Line("lr", "learning rate"),)),
         Chart(

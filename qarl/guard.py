@@ -74,6 +74,12 @@ WATCHES = {
         "lower rollout.sampling.max_tokens or learner.optimizer.lr, choose algorithm=tbpo, or a format of more bits "
         "(rollout.format)",
     ),
+    "dropped": Watch(
+        "mismatch/dropped_share",
+        "the engine or the learner gives log-probs that are NaN or infinite: damaged weights or scales, or activations beyond the "
+        "range of rollout.format",
+        "look at the last sync (sync/canary, sync/tile_error), and at rollout.format=bf16 whether the same weights are sound",
+    ),
     "timeouts": Watch(
         "reward/timeout_share",
         "the scorer is too slow for these responses, or the machine too busy for reward.workers",

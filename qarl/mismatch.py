@@ -36,6 +36,7 @@ def mismatch_statistics(
         "mismatch/ratio_max": _max(weights, empty=1.0),
         "mismatch/tokens": float(len(delta)),
         "mismatch/dropped_tokens": float((~finite).sum()),
+        "mismatch/dropped_share": _mean((~finite).double()),
     }
 
 

@@ -38,7 +38,7 @@ def parameter_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
             shapes[f"{layer}.self_attn.q_norm.weight"] = (head,)
             shapes[f"{layer}.self_attn.k_norm.weight"] = (head,)
         if kind == "qwen3_moe":
-            experts = config.get("num_experts") or config["num_local_experts"]  # older and newer name
+            experts = n_experts(config)
             width = config["moe_intermediate_size"]
             shapes[f"{layer}.mlp.gate.weight"] = (experts, hidden)
             shapes[f"{layer}.mlp.experts.gate_up_proj"] = (experts, 2 * width, hidden)
@@ -56,13 +56,18 @@ def parameter_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
     return shapes
 
 
+def n_experts(config: Mapping[str, Any]) -> int:
+    """Experts a layer, 0 where it is dense. transformers 5 writes another name than it used to."""
+    return config.get("num_experts") or config.get("num_local_experts") or 0
+
+
 def check_ranks(config: Mapping[str, Any], format: QuantFormat, ranks: int) -> None:
     """Raise `ConfigError` where an engine of so many ranks cannot share a model of this `config.json`: each has whole heads, and of
     the inputs that ranks cut, whole groups of the format."""
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
     head = config.get("head_dim") or config["hidden_size"] // heads
-    width = "moe_intermediate_size" if config.get("num_experts") else "intermediate_size"
+    width = "moe_intermediate_size" if n_experts(config) else "intermediate_size"
     whole = {"num_attention_heads": heads, width: config[width]}
     if kv_heads > 1:  # ranks may hold the same one
         whole["num_key_value_heads"] = kv_heads

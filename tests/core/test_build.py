@@ -78,6 +78,29 @@ ROOT = Path(__file__).resolve().parents[2]
             {"algorithm": {"objective": {"kl_coefficient": 0.1}}},
             "algorithm.objective.kl_coefficient: must be 0, got 0.1",
         ),
+        (
+            {"algorithm": {"objective": {"kl_estimator": "k1"}}},
+            "algorithm.objective.kl_estimator: 'k1' would not be read",
+        ),
+        ({"learner": {"optimizer": {"min_lr_ratio": -3}}}, "learner.optimizer.min_lr_ratio: .* got -3"),
+        ({"learner": {"optimizer": {"muon_momentum": 7}}}, "learner.optimizer.muon_momentum: .* got 7"),
+        ({"learner": {"threads": 0}}, "learner.threads: must be positive, got 0"),
+        (
+            {"model": {"pocket": {"experts": 4, "experts_per_token": 9}}},
+            "model.pocket.experts_per_token: .* at most model.pocket.experts = 4, got 9",
+        ),
+        (
+            {"placement": {"mode": "split"}},
+            "placement.mode: 'split' says which GPUs are whose, but placement.gpus is 0",
+        ),
+        (
+            {"guard": {"correct": {"kl": 0.1}}, "algorithm": {"mini_batches": 2}},
+            "guard.correct.kl: with algorithm.mini_batches=2 nothing is left to skip .* needs 3 or more",
+        ),
+        (
+            {"guard": {"correct": {"grad_norm": 10}}, "algorithm": {"mini_batches": 1}},
+            "guard.correct.grad_norm: with algorithm.mini_batches=1 .* needs 2 or more",
+        ),
     ],
 )
 def test_a_mistake_names_the_key_the_value_and_the_choices(data, message):
@@ -118,9 +141,17 @@ def test_every_option_of_every_group_composes(group, option):
     check_keys(RunConfig, [f"{group}.{key}" for key in data[group]])
 
 
+BANDS = {
+    "tbpo_tens": algorithm.tbpo(positive_high=2e-2, negative_low=1.5e-2, negative_high=3.5e-2),
+    "tbpo_hundreds": algorithm.tbpo(positive_high=4e-3, negative_low=3e-3, negative_high=7e-3),
+}
+
+
+@pytest.mark.parametrize("recipe", [None, *GROUPS["recipe"]])
 @pytest.mark.parametrize("name", GROUPS["algorithm"])
-def test_algorithm_files_are_the_constructors_of_the_same_name(composed, name):
-    assert composed(f"algorithm={name}").algorithm.objective == getattr(algorithm, name)()
+def test_an_algorithm_is_the_constructor_of_its_name_in_every_recipe(composed, name, recipe):
+    chosen = composed(*([f"recipe={recipe}"] if recipe else []), f"algorithm={name}").algorithm.objective
+    assert chosen == (BANDS[name] if name in BANDS else getattr(algorithm, name)())
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from qarl.wandb_run import TABLE
 from qarl.workspace import build_workspace, view_name
 
 CHARTS = [chart for section in SECTIONS for chart in section.charts]
-TABLE_ONLY = {"mismatch/tokens"}
+TABLE_ONLY = {"mismatch/tokens", "mismatch/dropped_share", "objective/kl"}
 """Metrics in no chart: the report's table of the newest step has them."""
 
 

@@ -25,6 +25,7 @@ FINE = {
     "grad_norm": 1.0,
     "entropy": 0.5,
     "error_tokens/share": 0.0,
+    "mismatch/dropped_share": 0.0,
     "reward/timeouts": 0.0,
     "reward/timeout_share": 0.0,
 }
@@ -35,6 +36,7 @@ EDGES = {
     "kl": ("objective/kl_step", 0.3, 0.31),
     "grad_norm": ("grad_norm", 0.3, 0.31),
     "error_share": ("error_tokens/share", 0.3, 0.31),
+    "dropped": ("mismatch/dropped_share", 0.3, 0.31),
     "timeouts": ("reward/timeout_share", 0.3, 0.31),
 }
 

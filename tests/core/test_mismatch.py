@@ -38,6 +38,7 @@ def test_equal_the_definitions():
         "mismatch/ratio_max": w.max(),
         "mismatch/tokens": 58.0,
         "mismatch/dropped_tokens": 0.0,
+        "mismatch/dropped_share": 0.0,
     }
     assert statistics(old, sampler, sequence, n) == pytest.approx(expected, rel=1e-11)  # float64, other summation order
 
@@ -77,7 +78,8 @@ def test_non_finite_tokens_are_left_out_and_counted(bad, side):
     assert result["mismatch/dropped_tokens"] == 1
     whole = sequence > 0
     ess_sequence = statistics(old[whole], sampler[whole], sequence[whole], n)["mismatch/ess_sequence"]
-    assert result == {**others, "mismatch/dropped_tokens": 1.0, "mismatch/ess_sequence": ess_sequence}
+    dropped = {"mismatch/dropped_tokens": 1.0, "mismatch/dropped_share": 1 / 58}
+    assert result == {**others, **dropped, "mismatch/ess_sequence": ess_sequence}
 
 
 @pytest.mark.parametrize("gap", [-500.0, 500.0])
@@ -99,7 +101,11 @@ def test_no_tokens_are_no_mismatch(lengths):
 def test_all_tokens_broken_are_counted_and_finite():
     old, sampler, sequence, n = batch()
     result = statistics(np.full_like(old, np.nan), sampler, sequence, n)
-    assert result["mismatch/dropped_tokens"] == 58 and all(map(math.isfinite, result.values()))
+    assert (
+        result["mismatch/dropped_tokens"] == 58
+        and result["mismatch/dropped_share"] == 1
+        and all(map(math.isfinite, result.values()))
+    )
 
 
 def test_pearson_of_a_constant_side_is_zero():
