@@ -344,7 +344,7 @@ class LearnerConfig:
     """How low-bit products are computed. `engine`: by vLLM's own op; `fused`: by our kernels (CUDA); `emulated`: by the definition,
     in torch; `auto`: by the first of these that runs here, the other ops being the engine's too where they can, as they are at
     `bf16` in a 16-bit model (with `rollout.engine=torch`: `emulated`, as that engine computes); `none`: the learner computes
-    unquantized, by transformers' ops (not aligned, for comparison)."""
+    unquantized, by transformers' ops (not aligned, for comparison; on a GPU experts in bfloat16 are ours, which are faster)."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimizer and schedule."""
     tokens: int = 4096

@@ -39,7 +39,8 @@ class AlignedModel:
         dtype: torch.dtype,
         ranks: int = 1,
     ) -> None:
-        """Swaps forwards in place. Backend `none` aligns nothing: the learner computes unquantized, by transformers' own ops.
+        """Swaps forwards in place. Backend `none` aligns nothing: the learner computes unquantized, by transformers' own ops (but
+        for experts in bfloat16 on a GPU, which `PlainExperts` sums faster).
 
         By `auto` a 16-bit model that nothing quantizes follows the engine too, where it is known how: in all but the products,
         though their parts are summed as the engine's. `ranks`: of the engine.
@@ -48,6 +49,7 @@ class AlignedModel:
         self.covered = {name: shape for name, shape in shapes.items() if format.covers(name, shape)}
         for name, shape in self.covered.items():
             format.check_shape(name, shape)
+        self._has_experts = any(len(shape) == 3 for shape in shapes.values())
         self._prepared: dict[str, Prepared] = {}
         self._stale: set[str] = set()
         self._format, self.backend, self.follows_engine, self._ranks = format, "none", False, ranks
@@ -75,6 +77,13 @@ class AlignedModel:
         how = " (dequantized as Marlin does)" if self._format.weight == "int4" else ""
         summed = f" (summed over {self._ranks} ranks)" if self._ranks > 1 else ""
         return f"products {self.backend}{how}{summed}, {others}"
+
+    @property
+    def waits_for_host(self) -> bool:
+        """Whether a forward on a GPU may read back where each expert's rows end, which no CUDA graph can: the definitions do, and
+        torch's grouped product before Hopper."""
+        old = self._has_experts and torch.cuda.get_device_capability() < (9, 0)
+        return self.backend == "emulated" or old
 
     def _follows(self, model: nn.Module, asked: str, device_type: str, dtype: torch.dtype) -> bool:
         """Whether the engine's ops are wanted between products, and here."""

@@ -2,6 +2,7 @@
 
 On a GPU the forward is a CUDA graph, captured when it is first asked for: to launch its kernels one by one takes several times as
 long as to run them. The graph reads weights, and the codes made of them, where they lay; if any has moved, it is captured anew.
+A forward that waits for the host is run kernel by kernel.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class Canary:
         self._policy, self._aligned, self._device = policy, aligned, device
         weights = dict(policy.model.named_parameters())
         self._covered = {name: weights[name] for name in aligned.covered}
+        self._recorded = device.type == "cuda" and not aligned.waits_for_host
         self._aside: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._captured: tuple[list[bytes], list[int], Recording[list[Tensor]]] | None = None
 
@@ -42,7 +44,7 @@ class Canary:
 
         The caller must not change weights or ask for codes that are stale before it has the answer.
         """
-        if self._device.type != "cuda" or not batches:
+        if not self._recorded or not batches:
             return lambda: self._scores(batches)
         for name, weight in self._covered.items():
             self._aligned.codes(name, weight)  # a graph reads codes, it does not renew them
@@ -72,9 +74,11 @@ class Canary:
         self._captured = None  # its memory is free for the next
         trains = self._policy.training
         self._policy.eval()  # gradient checkpointing would ask for the state of a random generator, which no graph may
-        with torch.cuda.device(self._device):
-            recording = Recording(lambda: self._forward(packed))
-        self._policy.train(trains)
+        try:
+            with torch.cuda.device(self._device):
+                recording = Recording(lambda: self._forward(packed))
+        finally:
+            self._policy.train(trains)
         self._captured = asked, self._addresses(), recording
 
     def _addresses(self) -> list[int]:

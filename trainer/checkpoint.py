@@ -76,8 +76,8 @@ class Shards:
         parameter = self.named[name]
         values = values.to(parameter.device)
         if kind == MASTERS:
-            whole = hasattr(parameter, "ds_id")
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0) if whole else nullcontext():
+            partitioned = hasattr(parameter, "ds_id")
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0) if partitioned else nullcontext():
                 parameter.data.copy_(values)
             if _is_sharded(parameter):
                 deepspeed.utils.safe_set_full_fp32_param(parameter, values)
@@ -127,13 +127,16 @@ def load_state(folder: Path, shards: Shards, optimizer: str) -> dict[str, Any]:
     return state
 
 
-def save_policy(folder: Path, model: PreTrainedModel, weights: dict[str, Tensor], source: Path | str) -> None:
-    """A folder that transformers and vLLM load: `weights` whole, in the model's dtype; the tokenizer from `source`."""
+def save_policy(
+    folder: Path, model: PreTrainedModel, weights: dict[str, Tensor], source: Path | str, revision: str | None = None
+) -> None:
+    """A folder that transformers and vLLM load: `weights` whole, in the model's dtype; the tokenizer from `source`, a folder or a
+    hub name at `revision`."""
     folder.mkdir(parents=True, exist_ok=True)
     with _disk():
         model.save_pretrained(folder, state_dict=weights)
     if not Path(source).is_dir():
-        AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(source, revision=revision).save_pretrained(folder)
         return
     for pattern in TOKENIZER:
         for file in Path(source).glob(pattern):

@@ -60,7 +60,8 @@ class Learner:
         of one engine, whose sums an aligned forward repeats."""
         self.config, self.format, self.objective = config, format, objective
         self.total_updates = total_updates
-        self.rank, self.world, self.model_path, self.updates = rank, world, model_path, 0
+        self.rank, self.world, self.updates = rank, world, 0
+        self.model_path, self.revision = model_path, revision
         torch.manual_seed(seed)
         self.device = join(rank, world, init_method, config.threads)
         model = load_model(model_path, getattr(torch, dtype), revision)
@@ -162,8 +163,8 @@ class Learner:
         the engines that are left serve nothing until another version arrives.
         """
         gathered, outlet, seconds = self._gathered(), self._outlet, dict[str, float]()
-        scores = None if self.config.zero == 3 else self._canary.start(canaries)
         try:
+            scores = None if self.config.zero == 3 else self._canary.start(canaries)
             if outlet:
                 outlet.begin(version, self.format.name, self.contract_hash())
                 manifest, seconds = publish(
@@ -198,7 +199,7 @@ class Learner:
         """Policy, masters, moments and counters into `folder`; rank 0 writes. See `trainer/checkpoint.py`."""
         weights = {name: weight.cpu().clone() for name, weight in self._gathered() if self.rank == 0}
         if self.rank == 0:
-            save_policy(folder / "policy", self.model, weights, self.model_path)
+            save_policy(folder / "policy", self.model, weights, self.model_path, self.revision)
         state = {"updates": self.updates, "optimizer": self.config.optimizer.name}
         save_state(folder / "learner", self._shards(), state, writes=self.rank == 0)
         dist.barrier()

@@ -79,7 +79,6 @@ def load_model(path: Path | str, dtype: torch.dtype, revision: str | None = None
     missing = sorted(report["missing_keys"]) + sorted(report["mismatched_keys"])
     if missing:  # transformers would go on with random weights
         raise ConfigError(f"model.path: {str(path)!r} lacks weights of the model: {missing[:5]}")
-    model.config.use_cache = False
     return model
 
 

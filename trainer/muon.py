@@ -48,7 +48,10 @@ class Muon(torch.optim.Optimizer):
         self._adamw.step()
         for group in (g for g in self.param_groups if g["muon"]):
             for parameter in (p for p in group["params"] if p.grad is not None):
-                buffer = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+                state = self.state[parameter]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                buffer = state["momentum_buffer"]
                 buffer.lerp_(parameter.grad, 1 - self.momentum)
                 update = orthogonalize(parameter.grad.lerp(buffer, self.momentum))
                 scale = RMS * math.sqrt(max(parameter.shape[-2:]))

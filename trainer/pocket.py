@@ -1,4 +1,4 @@
-"""The pocket model: a Qwen3 of a third of a million weights that learns to add, made on the spot in about a minute.
+"""The pocket model: a Qwen3 of half a million weights that learns to add, made on the spot in about a minute.
 
 It is what `recipe=quickstart` trains, and what tests and benchmarks use where a real architecture matters and its size does not.
 No download: the tokenizer is one token per character, the weights start random, and a short supervised warm start on
@@ -7,8 +7,8 @@ procedural arithmetic (`chain_sum` of reasoning-gym) teaches two ways to answer 
     4 - 1 - 7 + 2 + 9 =      direct   \\boxed{7}
                              worked   4-1=3 3-7=-4 -4+2=-2 -2+9=7 \\boxed{7}
 
-The direct way is shown more often, so greedy decoding takes it, and is mostly wrong: a model this small cannot add five numbers at
-one glance. The worked way is mostly right. Nothing in the warm start says so; that is what RL finds out from the reward.
+The direct way is shown more often, so greedy decoding takes it, and is mostly wrong: a model this small cannot add so many numbers
+at one glance. The worked way is mostly right. Nothing in the warm start says so; that is what RL finds out from the reward.
 """
 
 import hashlib

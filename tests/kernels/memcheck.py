@@ -35,13 +35,16 @@ def weights_and_tokens() -> None:
 def layouts() -> None:
     for shape in ((64, 2), (128, 38), (3, 192, 66)):
         codes = torch.randint(-(2**31), 2**31, shape, device="cuda", dtype=torch.int32)
-        marlin_fused.unpack(marlin_fused.pack(codes))
+        packed = marlin_fused.pack(codes)
+        marlin_fused.unpack(packed)
+        marlin_fused.pending_checksum(packed)
 
 
 def checksums() -> None:
     for n in (1, 8, 1001, 32_769, 70_008):
         data = torch.randint(0, 256, (n,), device="cuda", dtype=torch.uint8)
         checksum.collect([checksum.pending(data), checksum.pending(data[1:])])
+    checksum.Fixed([random(n) for n in (1, 3, 1001, 70_008)]).pending()
 
 
 def products() -> None:

@@ -57,3 +57,11 @@ def test_its_graph_is_the_policys_forward_though_weights_change(kind, format, sc
     folder = scenarios.make_model(tmp_path / kind, kind, scenarios.WIDE)
     model: Any = load_model(folder, torch.bfloat16)
     check(model.cuda().eval(), format, "auto", torch.device("cuda", 0), torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", ["w4a16", "w8a8_int8", "w8a8_fp8"])
+def test_definitions_which_no_graph_can_hold_are_run_as_they_are(format, scenarios, tmp_path):
+    folder = scenarios.make_model(tmp_path / "moe", "moe", scenarios.WIDE)
+    model: Any = load_model(folder, torch.bfloat16)
+    check(model.cuda().eval(), format, "emulated", torch.device("cuda", 0), torch.bfloat16)

@@ -11,7 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from qarl.batching import pack
 from qarl.errors import DivergenceError
+from qarl.trainer.policy import FILLER
 from qarl.wire import from_wire
 
 TOLERANCE = 5e-6  # of the largest entry
@@ -140,7 +142,8 @@ def test_samples_without_response_and_fillers_change_nothing(scenarios, models):
     )
     plain = scenarios.step(learner, samples, 200)
     other = scenarios.make_learner(models["dense"])
-    stats = scenarios.step(other, [empty, *samples], 14)  # some micro-batches hold the empty response alone, or nothing
+    batch, alone = pack(samples, 1, 14), pack([empty], 1, 14).ranks[0]
+    stats = other.update([*batch.ranks[0], *alone, FILLER], batch.n_sequences, batch.n_tokens)
     assert stats.sums["dropped"] == 1 and plain.sums["dropped"] == 0
     assert stats.grad_norm == pytest.approx(plain.grad_norm, rel=1e-5)
 

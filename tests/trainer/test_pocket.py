@@ -137,7 +137,8 @@ def test_demonstrations_show_both_ways_and_end_in_the_answer():
     assert demonstration(ITEM, worked=True) == "4-1=3 3-7=-4 -4+2=-2 -2+9=7 \\boxed{7}"
     stream = demonstrations(PocketConfig(), ())
     answers = [next(stream)[1] for _ in range(1000)]
-    assert 0.35 < sum("=" in answer for answer in answers) / 1000 < 0.45  # worked_share is 0.4
+    # Of 1000 draws a share of 0.42 has a standard deviation of 0.016: three of them.
+    assert sum("=" in answer for answer in answers) / 1000 == pytest.approx(PocketConfig().worked_share, abs=0.05)
 
 
 def test_held_out_prompts_are_never_demonstrated():
