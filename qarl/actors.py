@@ -173,7 +173,10 @@ def get(references: Any) -> Any:
 
 def _resources(config: RunConfig, gpu: int, threads: int) -> dict[str, Any]:
     """Ray reserves no CPU: engine and learner take turns on all of them. Colocated, each holds half of a GPU."""
-    resources: dict[str, Any] = {"num_cpus": 0, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}}}
+    surroundings = {"OMP_NUM_THREADS": str(threads)}
+    if not config.placement.gpus:
+        surroundings["CUDA_VISIBLE_DEVICES"] = ""  # or torch would take one that is there
+    resources: dict[str, Any] = {"num_cpus": 0, "runtime_env": {"env_vars": surroundings}}
     if config.placement.gpus:
         resources["num_gpus"] = 0.5 if config.placement.mode == "colocate" else 1
         resources["scheduling_strategy"] = PlacementGroupSchedulingStrategy(

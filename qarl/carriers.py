@@ -70,6 +70,11 @@ class Broadcast:
         store = dist.TCPStore(host, 0, world, is_master=True, wait_for_workers=False, timeout=_TIMEOUT)
         for rank, peer in enumerate(peers, start=1):
             peer.send((host, store.port, rank, world, len(buffers[0])))
+        try:
+            for peer in peers:
+                peer.recv()  # it has its buffers: who does not come this far must not be waited for below
+        except (OSError, EOFError) as gone:
+            raise PeerLost(f"an engine is gone before its line stood: {gone}") from gone
         return cls(buffers, _group(store, 0, world, buffers[0].device)).met()
 
     @classmethod
@@ -77,7 +82,9 @@ class Broadcast:
         """The engine's side."""
         host, port, rank, world, capacity = peer.recv()
         store = dist.TCPStore(host, port, world, is_master=False, wait_for_workers=False, timeout=_TIMEOUT)
-        return cls(staging(capacity, device), _group(store, rank, world, device)).met()
+        buffers = staging(capacity, device)
+        peer.send("ready")
+        return cls(buffers, _group(store, rank, world, device)).met()
 
     def met(self) -> Broadcast:
         """Once all sides are there: NCCL makes its communicator in the first broadcast, waiting without limit for who is not."""
@@ -125,7 +132,11 @@ def answer(door: Door, kind: str, n: int, plan: Plan, device: torch.device, buff
 def call(address: Address, device: torch.device) -> Inlet:
     """An engine's end of a line to the learner at that address."""
     peer = dial(address)
-    return Inlet(peer, CARRIERS[peer.recv()].accept(peer, device))
+    try:
+        return Inlet(peer, CARRIERS[peer.recv()].accept(peer, device))
+    except BaseException:
+        peer.close()  # the learner waits for a word
+        raise
 
 
 def _wait(work: Any) -> None:

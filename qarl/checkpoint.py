@@ -52,6 +52,10 @@ def save(root: Path, state: Mapping[str, Any], write: Callable[[Path], None], ke
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         write(draft)
+        if not _files(draft):
+            raise OSError(
+                "nothing of it is to be seen here; out= must lie on a disk that this node shares with the learner"
+            )
         _write_json(draft / "state.json", state)
         _write_json(draft / MANIFEST, {str(f.relative_to(draft)): _entry(f) for f in _files(draft)})
         shutil.rmtree(final, ignore_errors=True)

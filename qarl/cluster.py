@@ -31,7 +31,7 @@ from qarl.actors import EngineActors, answers, first_death, get, reserve, spawn_
 from qarl.batching import pack_to_score
 from qarl.bridge import Bridge, OverLines, ThroughHost
 from qarl.config import LearnerConfig, RunConfig
-from qarl.errors import EngineError, LearnerError, LineLost
+from qarl.errors import ConfigError, EngineError, LearnerError, LineLost
 from qarl.records import (
     Completion,
     MiniBatch,
@@ -134,10 +134,10 @@ class LearnerGroup:
         return wait
 
     def save(self, folder: Path) -> None:
-        self._all([a.call.remote("save", folder) for a in self._ranks])
+        self._all([a.call.remote("save", folder.absolute()) for a in self._ranks])  # actors may work in another folder
 
     def load(self, folder: Path) -> None:
-        self._all([a.call.remote("load", folder) for a in self._ranks])
+        self._all([a.call.remote("load", folder.absolute()) for a in self._ranks])
 
     def close(self) -> None:
         """End the ranks' processes."""
@@ -305,6 +305,9 @@ def ray_session(config: RunConfig) -> Iterator[None]:
     here: dict[str, Any] = {} if address else {"num_gpus": config.placement.gpus, "include_dashboard": False}
     ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **here)
     try:
+        found = int(ray.cluster_resources().get("GPU", 0))
+        if config.placement.gpus > found:  # else their reservation would wait for ever
+            raise ConfigError(f"placement.gpus: {config.placement.gpus}, but the Ray cluster has {found}")
         reserve(config)
         yield
     finally:
@@ -319,4 +322,5 @@ def engine_arguments(config: RunConfig, model: str) -> dict[str, Any]:
         "dtype": config.model.dtype,
         "max_tokens": config.model.max_tokens,
         "tile_tolerance": config.sync.tile_tolerance,
+        "revision": config.model.revision,
     }

@@ -191,7 +191,7 @@ class RefillReport:
     seconds: Mapping[str, float]
     """Stage -> seconds of the engine: `wait` (for what is to be loaded), `wake`, `load`, `canary`, `verify`."""
     max_tile_error: float
-    """Largest |served - published| over the tiles, in units of the tensor's largest |weight|."""
+    """Largest |served - published| over the tiles, in units of the largest |weight| of each."""
     canaries: list[np.ndarray] = field(default_factory=list)
     """Of each sequence that was to be scored with the new weights, log-probs of the tokens after its first: float32 [L], nats at
     temperature 1."""

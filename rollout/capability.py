@@ -24,9 +24,11 @@ def supported_formats(dtype: str, experts: bool = False) -> dict[str, str | None
     return {name: refuse(format, getattr(torch, dtype), experts) for name, format in formats.FORMATS.items()}
 
 
-def require_format(format: QuantFormat, path: str | Path, dtype: str, ranks: int = 1) -> None:
+def require_format(
+    format: QuantFormat, path: str | Path, dtype: str, ranks: int = 1, revision: str | None = None
+) -> None:
     """Raise `ConfigError` where this machine's vLLM cannot run the format, naming what it can, or so many ranks not share it."""
-    config = AutoConfig.from_pretrained(path)
+    config = AutoConfig.from_pretrained(path, revision=revision)
     if ranks > 1:
         check_ranks(config.to_dict(), format, ranks)
     experts = bool(getattr(config, "num_experts", 0))

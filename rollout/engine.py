@@ -35,10 +35,12 @@ def open_engine(
     tile_tolerance: float = 0.02,
     rank: int = 0,
     meeting: str = "",
+    revision: str | None = None,
 ) -> Engine:
     """The engine that `config.engine` names, without weights; of several ranks (`config.tensor_parallel`), this one.
 
-    `path`: the model's folder (config and tokenizer; weights are not read); `dtype`: of activations and kept weights;
+    `path`: the model's folder, or its hub name at `revision` (config and tokenizer; weights are not read); `dtype`: of
+    activations and kept weights;
     `max_tokens`: of prompt and response together; `meeting`: where ranks meet, tcp://host:port of rank 0's node. Ranks start
     together, and are given every call together. Raises `ConfigError` where this machine cannot run the format.
     """
@@ -46,10 +48,10 @@ def open_engine(
         from qarl.rollout.vllm_engine import VllmEngine
 
         ranks = Ranks(rank, config.tensor_parallel, meeting)
-        return VllmEngine(config, path, dtype, max_tokens, tile_tolerance, ranks)
+        return VllmEngine(config, path, dtype, max_tokens, tile_tolerance, ranks, revision)
     from qarl.rollout.torch_engine import TorchEngine
 
-    return TorchEngine(config, path, dtype, max_tokens, tile_tolerance)
+    return TorchEngine(config, path, dtype, max_tokens, tile_tolerance, revision)
 
 
 class Engine(ABC):
@@ -62,9 +64,10 @@ class Engine(ABC):
         max_tokens: int,
         tile_tolerance: float,
         ranks: Ranks = ALONE,
+        revision: str | None = None,
     ) -> None:
         self.format = formats.get(config.format)
-        context = AutoConfig.from_pretrained(path).max_position_embeddings
+        context = AutoConfig.from_pretrained(path, revision=revision).max_position_embeddings
         if max_tokens > context:
             raise ConfigError(f"model.max_tokens: {max_tokens} is beyond the model's context of {context} tokens")
         self.max_tokens = max_tokens
@@ -180,8 +183,9 @@ class Engine(ABC):
         stages = Stages()
         with self.ranks.together():
             with stages("wait"):
-                delivery = self._share(begin())
+                delivery = begin()
             try:
+                delivery = self._share(delivery)
                 if self.version is not None and delivery.version < self.version:
                     raise SyncError(
                         f"weights of version {delivery.version} are stale: version {self.version} is being served"

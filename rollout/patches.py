@@ -15,11 +15,15 @@ from qarl.rollout.int8_experts import int8_experts_class
 
 logger = logging.getLogger(__name__)
 
+ON_GPU, ON_CPU = "0.26", "0.32"
+"""vLLM's series that the patches were written for and run with."""
+
 
 @functools.cache  # twice is once
 def apply() -> None:
-    """All patches that vLLM needs on this machine. Raises `ConfigError` for a vLLM they are not for."""
+    """All patches that vLLM needs on this machine. Raises `ConfigError` for a vLLM they are not for, before any acts."""
     if torch.cuda.is_available():
+        require_version(ON_GPU)
         _norms()
         if torch.cuda.get_device_capability()[0] == 9:
             _fp8_rows()
@@ -28,7 +32,19 @@ def apply() -> None:
         _int8_experts()
         _int4_experts()
     elif torch.cpu._is_amx_tile_supported():
+        require_version(ON_CPU)
         _int8_in_float32()
+
+
+def require_version(series: str) -> None:
+    """Raise `ConfigError` unless vLLM is of this series: patched names may mean something else in another, or nothing."""
+    import vllm
+
+    if not vllm.__version__.startswith(f"{series}."):
+        raise ConfigError(
+            f"rollout.engine: vllm {vllm.__version__} is not the {series} that its patches are for; install vllm=={series}.*, or "
+            "take rollout.engine=torch"
+        )
 
 
 def _norms() -> None:

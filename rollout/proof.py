@@ -58,7 +58,7 @@ def check_sums(
 def worst_tile(
     tiles: Iterable[Tile], served_columns: Callable[[str, np.ndarray], np.ndarray], tolerance: float
 ) -> float:
-    """Largest |served - published| over the tiles, in units of each tensor's largest published |weight|.
+    """Largest |served - published| over the tiles, in units of the largest published |weight| of each.
 
     Raises `SyncError` naming the first tensor beyond the tolerance.
     """
@@ -71,7 +71,8 @@ def worst_tile(
         error = float(np.abs(served - tile.values).max()) / scale
         if not error <= tolerance:  # NaN is beyond any tolerance
             raise SyncError(
-                f"{tile.tensor}: the engine serves other weights than were published, off by {error:.3g} of the largest"
+                f"{tile.tensor}: the engine serves other weights than were published, off by {error:.3g} of the largest of the "
+                "columns compared"
             )
         worst = max(worst, error)
     return worst

@@ -26,9 +26,9 @@ from qarl.wire import Specs, published_specs
 class Skeleton:
     """A model whose weights come from a `WeightUpdate`."""
 
-    def __init__(self, path: str | Path, dtype: torch.dtype, format: QuantFormat) -> None:
+    def __init__(self, path: str | Path, dtype: torch.dtype, format: QuantFormat, revision: str | None = None) -> None:
         self.format, self.dtype = format, dtype
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, revision=revision)
         with init_empty_weights(include_buffers=False):  # rotary frequencies are buffers, made here and not published
             self.model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
         self.model.tie_weights()  # made empty one by one, tied ones came apart

@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 
 class Text:
     """The tokenizer of a model, as an engine needs it."""
 
-    def __init__(self, path: str | Path) -> None:
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
-        self.eos = _eos_tokens(path, self.tokenizer)
+    def __init__(self, path: str | Path, revision: str | None = None) -> None:
+        """`path`: a folder, or a hub name at `revision`."""
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, revision=revision)
+        self.eos = _eos_tokens(path, revision, self.tokenizer)
         """Ids of the tokens that end a completion: the tokenizer's and those of the model's generation settings."""
         self._of_token: dict[int, str] = {}
 
@@ -40,12 +42,13 @@ class Text:
         return "\ufffd" in text or any(string[-1].isspace() or string[-1] in text for string in stop)
 
 
-def _eos_tokens(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def _eos_tokens(path: str | Path, revision: str | None, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     found: set[int] = {tokenizer.eos_token_id} if isinstance(tokenizer.eos_token_id, int) else set()
-    try:
-        configured = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:  # the file is optional
-        configured = None
+    there = cached_file(
+        str(path), "generation_config.json", revision=revision, _raise_exceptions_for_missing_entries=False
+    )
+    # It is optional: what is there and cannot be read is an error.
+    configured = GenerationConfig.from_pretrained(path, revision=revision or "main").eos_token_id if there else None
     if configured is not None:
         found.update([configured] if isinstance(configured, int) else configured)
     return frozenset(found)

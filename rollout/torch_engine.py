@@ -27,11 +27,17 @@ class TorchEngine(Engine):
     """See `Engine`."""
 
     def __init__(
-        self, config: RolloutConfig, path: str | Path, dtype: str, max_tokens: int, tile_tolerance: float = 0.02
+        self,
+        config: RolloutConfig,
+        path: str | Path,
+        dtype: str,
+        max_tokens: int,
+        tile_tolerance: float = 0.02,
+        revision: str | None = None,
     ) -> None:
-        super().__init__(config, path, max_tokens, tile_tolerance)
-        self.text = Text(path)
-        self._skeleton = Skeleton(path, getattr(torch, dtype), self.format)
+        super().__init__(config, path, max_tokens, tile_tolerance, revision=revision)
+        self.text = Text(path, revision)
+        self._skeleton = Skeleton(path, getattr(torch, dtype), self.format, revision)
         self._batch = config.max_sequences
 
     def contract_hash(self) -> str:

@@ -7,7 +7,6 @@ costs more than the forward pass of a small model.
 from __future__ import annotations
 
 import gc
-import os
 import zlib
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -26,7 +25,7 @@ from qarl.rollout.engine import Engine
 from qarl.rollout.ranks import ALONE, Ranks
 from qarl.rollout.shards import Share
 from qarl.rollout.text import Text
-from qarl.rollout.vllm_settings import ENVIRONMENT, gpu_settings, quantization_override, register_here
+from qarl.rollout.vllm_settings import gpu_settings, quantization_override, register_here, set_environment
 from qarl.transfer import Delivery, Tensors
 from qarl.wire import Specs
 
@@ -51,12 +50,12 @@ class VllmEngine(Engine):
         max_tokens: int,
         tile_tolerance: float = 0.02,
         ranks: Ranks = ALONE,
+        revision: str | None = None,
     ) -> None:
-        super().__init__(config, path, max_tokens, tile_tolerance, ranks)
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        self.text, self._sleeps = Text(path), config.sleep
-        self._core = self._start(config, str(path), dtype)
+        super().__init__(config, path, max_tokens, tile_tolerance, ranks, revision)
+        set_environment()
+        self.text, self._sleeps = Text(path, revision), config.sleep
+        self._core = self._start(config, str(path), dtype, revision)
         worker = self._core.engine_core.model_executor.driver_worker.worker
         from qarl.rollout.refill import Refill
         from qarl.rollout.slots import contract_hash
@@ -72,20 +71,22 @@ class VllmEngine(Engine):
         self.device = worker.device
         self._n_requests = 0
 
-    def _start(self, config: RolloutConfig, path: str, dtype: str) -> Any:
+    def _start(self, config: RolloutConfig, path: str, dtype: str, revision: str | None) -> Any:
         set_num_threads = torch.set_num_threads
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.core_client import InprocClient
         from vllm.v1.executor import Executor
 
-        require_format(self.format, path, dtype, self.ranks.count)
+        require_format(self.format, path, dtype, self.ranks.count, revision)
         patches.apply()
-        register_here(path)
+        register_here(path, revision)
         on_gpu = torch.cuda.is_available()
         most_tokens = max(self.max_tokens + 1, 8192)
         cache = config.kv_cache_gb or (None if on_gpu else 1.0)
         args = EngineArgs(
             model=path,
+            revision=revision,
+            tokenizer_revision=revision,
             dtype=dtype,  # type: ignore[arg-type]
             hf_overrides=quantization_override(self.format),
             load_format="dummy",  # the first refill brings every weight

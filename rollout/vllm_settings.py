@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 
+from qarl.errors import ConfigError
 from qarl.formats import QuantFormat
 
 #: Read by vLLM when it is imported or started. In one process, workers share the learner's view of devices and die with it.
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # two engines bound to the same core would starve each other
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # by one token; `Engine` checks the context itself
+NUMBERS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core is refilled in this process
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # it divides logits by the temperature in bfloat16, and takes dense models only
     "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it cannot tell the log-probs it sampled from
     "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",  # ranks are summed by NCCL, in batches of any size
     "VLLM_USE_DEEP_GEMM": "0",  # not one of our kernels, yet warmed up where it is there
 }
+"""vLLM's variables that its numbers, or the way we run it, depend on."""
+HABITS = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # two engines bound to the same core would starve each other
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # by one token; `Engine` checks the context itself
+}
+"""Others, which may be set otherwise."""
+ENVIRONMENT = NUMBERS | HABITS
 
 #: format's grid -> vLLM's kernels for linear layers and for experts, on a GPU. Named, so that vLLM raises where it cannot.
 _GPU_KERNELS = {
@@ -52,13 +59,25 @@ def gpu_settings(format: QuantFormat, max_sequences: int, most_tokens: int) -> d
     }
 
 
-def register_here(path: str) -> None:
+def set_environment() -> None:
+    """Give vLLM its variables. Raises `ConfigError` where one of those that numbers depend on was set otherwise."""
+    for name, value in NUMBERS.items():
+        if os.environ.setdefault(name, value) != value:
+            raise ConfigError(
+                f"environment variable {name}: {os.environ[name]!r} would make vLLM compute or run otherwise than a learner can "
+                f"follow; unset it, or choose {value!r}"
+            )
+    for name, value in HABITS.items():
+        os.environ.setdefault(name, value)
+
+
+def register_here(path: str, revision: str | None = None) -> None:
     """Let vLLM look at the model class in this process. It starts another one for that, which takes as long as it does to
     import vLLM, so that CUDA stays untouched before it forks; we never fork."""
     from transformers import AutoConfig
     from vllm.model_executor.models.registry import ModelRegistry
 
-    for architecture in AutoConfig.from_pretrained(path).architectures or ():
+    for architecture in AutoConfig.from_pretrained(path, revision=revision).architectures or ():
         if architecture in ModelRegistry.models:
             ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
 

@@ -130,6 +130,18 @@ def test_a_disk_that_refuses_leaves_the_previous_checkpoint_and_says_what_to_do(
     assert found is not None and found.step == 5
 
 
+def test_a_checkpoint_that_was_written_elsewhere_is_none(tmp_path):
+    """As by a learner on a node without this disk: the older ones must not make room for it."""
+
+    def write(folder: Path) -> None:
+        (folder / "policy").write_text("weights")
+
+    first = checkpoint.save(tmp_path, {"step": 1}, write, keep=1)
+    with pytest.raises(CheckpointError, match="nothing of it is to be seen here; out= must lie on a disk"):
+        checkpoint.save(tmp_path, {"step": 2}, lambda folder: None, keep=1)
+    assert [path for path in tmp_path.iterdir()] == [first]
+
+
 def test_the_manifest_lists_every_file(tmp_path):
     folder = save(tmp_path, 1)
     manifest = json.loads((folder / "manifest.json").read_text())

@@ -1,10 +1,10 @@
 """Versions over lines: everything arrives where it belongs, buffers are not overwritten early, and a side that dies is noticed."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from multiprocessing import AuthenticationError
+from multiprocessing import AuthenticationError, Pipe
 from typing import Any
 
 import pytest
@@ -126,6 +126,45 @@ def test_versions_arrive_whole_at_every_engine_however_slow_it_reads(plan, line)
         reading = [in_thread(partial(read, inlet, version, pause=0.01 * i)) for i, inlet in enumerate(inlets)]
         fill(outlet, version)
         assert [one.result(20) for one in reading] == [len(plan.specs)] * 2
+
+
+class Shared:
+    """A carrier of buffers that both sides have, as CUDA IPC is: nothing but the order of reads and writes protects them."""
+
+    def __init__(self, buffers: Sequence[torch.Tensor]) -> None:
+        self.buffers = buffers
+
+    def claim(self, slot: int) -> None: ...
+
+    def push(self, slot: int, n_bytes: int) -> None: ...
+
+    def pull(self, slot: int, n_bytes: int) -> None: ...
+
+    def release(self, slot: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def test_a_buffer_that_both_sides_have_is_not_written_before_it_was_read(plan):
+    mine, theirs = Pipe()
+    buffers = carriers.staging(plan.capacity, CPU)
+    outlet, inlet = Outlet(plan, Shared(buffers), [mine]), Inlet(theirs, Shared(buffers))
+    for version in range(3):
+        reading = in_thread(partial(read, inlet, version, pause=0.01))
+        fill(outlet, version)
+        assert reading.result(20) == len(plan.specs)
+
+
+def test_an_engine_that_dies_before_its_line_stands_is_not_waited_for(plan):
+    door = Door("127.0.0.1")
+    answering = in_thread(lambda: carriers.answer(door, "broadcast", 1, plan, CPU))
+    peer = dial(door.address)
+    assert peer.recv() == "broadcast"
+    peer.recv()  # where to meet
+    peer.close()
+    with pytest.raises(PeerLost, match="gone before its line stood"):
+        answering.result(20)
+    door.close()
 
 
 def test_a_learner_that_dies_half_way_is_noticed(plan, line):

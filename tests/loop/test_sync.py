@@ -1,6 +1,7 @@
 """One weight sync against a real engine in this process, and every way in which its proof can fail."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -8,12 +9,13 @@ import pytest
 import torch
 
 from qarl import formats
+from qarl.batching import pack_to_score
 from qarl.cluster import engine_arguments
 from qarl.errors import EngineError, SyncError
 from qarl.prepare import prepare
 from qarl.records import Published, Sampling
 from qarl.rollout.engine import open_engine
-from qarl.sync import sync
+from qarl.sync import canary_gap, sync
 from qarl.trainer.model import load_model
 from qarl.trainer.publish import model_update
 
@@ -90,6 +92,24 @@ def test_a_canary_beyond_tolerance_is_refused(parts):
 def test_a_canary_that_is_not_a_number_is_refused(parts):
     with pytest.raises(SyncError, match="differ by nan nats"):
         attempt(parts, error=float("nan"))
+
+
+def test_the_worst_engines_canaries_count_and_not_a_number_is_the_worst():
+    sequences = [np.arange(5, dtype=np.int32)]
+    _, order = pack_to_score(sequences, 1, 8)
+    published: Any = SimpleNamespace(canaries=[[np.zeros(4, np.float32)]])
+    scores = {
+        "good": np.full(4, 0.1, np.float32),
+        "worse": np.full(4, 0.2, np.float32),
+        "nan": np.full(4, np.nan, np.float32),
+    }
+
+    def gap(*names: str) -> float:
+        reports: Any = [SimpleNamespace(canaries=[scores[name]]) for name in names]
+        return canary_gap(order, published, reports)
+
+    assert gap("good", "worse") == gap("worse", "good") == pytest.approx(0.2)
+    assert np.isnan(gap("good", "nan")) and np.isnan(gap("nan", "good"))
 
 
 def test_an_unaligned_learner_is_measured_but_not_refused(parts):

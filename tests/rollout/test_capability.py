@@ -1,11 +1,14 @@
 """What this machine's vLLM runs, and the refusal of what it does not."""
 
+import os
+
 import pytest
 import torch
 
 from qarl import formats
 from qarl.errors import ConfigError
 from qarl.rollout.capability import require_format, supported_formats
+from qarl.rollout.vllm_settings import ENVIRONMENT, set_environment
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="about CPUs")
 
@@ -38,3 +41,14 @@ def test_a_context_beyond_the_models_is_refused(model_folder):
 
     with pytest.raises(ConfigError, match="model.max_tokens: 257 is beyond the model's context of 256"):
         open_engine(RolloutConfig(engine="torch", format="bf16"), model_folder("qwen3"), "float32", 257)
+
+
+def test_a_variable_that_changes_vllms_numbers_is_refused_by_name(monkeypatch):
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)  # put back afterwards
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
+    set_environment()
+    assert os.environ["VLLM_LOGGING_LEVEL"] == "INFO"
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(ConfigError, match="environment variable VLLM_USE_V2_MODEL_RUNNER: '1' .* choose '0'"):
+        set_environment()

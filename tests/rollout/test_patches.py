@@ -26,6 +26,16 @@ def test_a_vllm_that_quantizes_the_rows_of_int8_experts_by_itself_is_refused_by_
     assert method.select_int8_moe_backend is before
 
 
+def test_a_vllm_of_another_series_is_refused_before_anything_is_patched(monkeypatch):
+    import vllm
+
+    patches.require_version(patches.ON_CPU)  # the one that is installed
+    for version in ("0.27.0", "0.260.1", "1.26.0"):
+        monkeypatch.setattr(vllm, "__version__", version)
+        with pytest.raises(ConfigError, match=f"rollout.engine: vllm {version} is not the 0.26 .* vllm==0.26"):
+            patches.require_version(patches.ON_GPU)
+
+
 @pytest.mark.parametrize(("inputs", "intermediate"), [(256, 128), (128, 256), (256, 256), (128, 128)])
 def test_scales_of_int4_experts_lie_in_the_order_of_their_own_number_of_groups(monkeypatch, inputs, intermediate):
     """Marlin reads several groups in blocks of 64 columns, transposed as 8 x 8, and a single group in blocks of 32,

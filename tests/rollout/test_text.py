@@ -61,3 +61,12 @@ def test_a_stop_string_may_end_in_white_space(text: Text):
 
 def test_special_tokens_are_left_out_of_the_text(text: Text):
     assert text.decode([_ids(text, ["a", "<|end|>"]), _ids(text, ["b"])]) == ["a", "b"]
+
+
+def test_generation_settings_are_optional_but_broken_ones_are_an_error(text: Text, tmp_path: Path):
+    settings = tmp_path / "generation_config.json"
+    settings.unlink()
+    assert Text(tmp_path).eos == {text.tokenizer.eos_token_id}
+    settings.write_text("{")
+    with pytest.raises((OSError, ValueError)):
+        Text(tmp_path)
