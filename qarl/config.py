@@ -119,7 +119,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class FieldsConfig:
-    """Which fields of a row mean what."""
+    """Which fields of a row mean what. Inside of a field, a path: `messages.1.content` is the content of the second message."""
 
     prompt: str = "question"
     """The question."""
@@ -389,7 +389,7 @@ class SyncConfig:
     tiles: int = 4
     """Quantized tensors whose dequantized columns are compared at each sync."""
     tile_tolerance: float = 0.01
-    """Largest difference of a tile, relative to the tensor's largest weight."""
+    """Largest difference of a tile, relative to the largest weight of the columns compared."""
     canaries: int = 4
     """Held-out prompts whose own tokens are scored by both sides at each sync."""
     canary_tolerance: float = 0.02

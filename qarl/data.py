@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from qarl.config import DatasetConfig
 from qarl.errors import ConfigError
@@ -137,12 +138,15 @@ def _row(fields: Mapping, index: int, config: DatasetConfig, key: str) -> Row:
     wanted = {"prompt": names.prompt, "answer": names.answer} | {
         f"extras[{i}]": name for i, name in enumerate(names.extras)
     }
+    found = {}
     for meaning, name in wanted.items():
-        if name not in fields:
+        try:
+            found[meaning] = _at(fields, name)
+        except (LookupError, ValueError, TypeError):
             raise ConfigError(
                 f"{key}.fields.{meaning}: row {index} of {config.source!r} has no field {name!r}{nearest(name, fields)}"
-            )
-    question, answer = fields[names.prompt], fields[names.answer]
+            ) from None
+    question, answer = found["prompt"], found["answer"]
     if not isinstance(question, str):
         raise ConfigError(
             f"{key}.fields.prompt: {names.prompt!r} of row {index} of {config.source!r} must be text, "
@@ -154,8 +158,19 @@ def _row(fields: Mapping, index: int, config: DatasetConfig, key: str) -> Row:
             f"got {type(answer).__name__}"
         )
     carried = ("task", "options", "question", "metadata") if config.source.startswith(PROCEDURAL) else ()
-    extras = {name: fields[name] for name in (*carried, *names.extras)}
+    extras = {name: fields[name] for name in carried} | {n: found[f"extras[{i}]"] for i, n in enumerate(names.extras)}
     return Row(question, _message(fields, question, index, config, key), str(answer), extras)
+
+
+def _at(fields: Mapping, path: str) -> Any:
+    """The field of that name, or what lies at the end of that path of names and places. Raises `LookupError`, `ValueError` or
+    `TypeError` where there is none."""
+    if path in fields:
+        return fields[path]
+    value: Any = fields
+    for step in path.split("."):
+        value = value[int(step)] if isinstance(value, list | tuple) else value[step]
+    return value
 
 
 def _message(fields: Mapping, question: str, index: int, config: DatasetConfig, key: str) -> str:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qarl import formats
 from qarl.config import RunConfig
-from qarl.data import load_rows
+from qarl.data import Row, load_rows
 from qarl.errors import ConfigError
-from qarl.prompts import PromptStream, load_heldout, load_prompts
+from qarl.prompts import PromptStream, read, to_prompts, tokenize
 from qarl.records import Prompt
 from qarl.shapes import parameter_shapes
 from qarl.trainer.model import materialize
@@ -39,8 +40,9 @@ def prepare(config: RunConfig) -> Inputs:
     """Raises `ConfigError` for whatever is wrong with data or model."""
     if not config.placement.gpus:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no other
-    model, tokenizer = prepare_policy(config)
-    sets = load_prompts(config.data, tokenizer)
+    rows = read(config.data)
+    model, tokenizer = prepare_policy(config, rows.heldout)
+    sets = to_prompts(rows, config.data, tokenizer)
     if sets.overlap or sets.overlong:
         say(f"left out: {sets.overlap} training rows that are held out, {sets.overlong} rows with too long a prompt")
     canaries = sets.heldout[: config.sync.canaries]
@@ -57,23 +59,52 @@ def prepare(config: RunConfig) -> Inputs:
     )
 
 
-def prepare_evaluation(config: RunConfig) -> tuple[str, tuple[Prompt, ...]]:
-    """The policy, and the held-out prompts that are asked; `data.train` is not read. Raises `ConfigError` as `prepare` does."""
-    model, tokenizer = prepare_policy(config)
-    return model, load_heldout(config.data, tokenizer)[: config.evaluation.prompts]
+def prepare_evaluation(config: RunConfig) -> tuple[str, tuple[Prompt, ...], int]:
+    """The policy, the held-out prompts that are asked, and how many rows were left out as too long; `data.train` is not read.
+    Raises `ConfigError` as `prepare` does."""
+    rows = load_rows(config.data.heldout, "data.heldout")
+    model, tokenizer = prepare_policy(config, rows)
+    prompts = tokenize(rows, config.data.heldout, config.data, tokenizer, "data.heldout")
+    return model, prompts[: config.evaluation.prompts], len(rows) - len(prompts)
 
 
-def prepare_policy(config: RunConfig) -> tuple[str, PreTrainedTokenizerBase]:
+def prepare_policy(config: RunConfig, heldout: Sequence[Row]) -> tuple[str, PreTrainedTokenizerBase]:
     """Folder or hub name of the policy, and its tokenizer."""
+    check_gpus(config)
     transformers.utils.logging.disable_progress_bar()  # of files; ours shows steps
-    heldout = [row.message for row in load_rows(config.data.heldout, "data.heldout")] if config.model.pocket else []
-    model = materialize(config.model, cache_folder(), held_out=heldout, progress=warm_start_progress())
+    messages = [row.message for row in heldout]
+    model = materialize(config.model, cache_folder(), held_out=messages, progress=warm_start_progress())
     if model.is_dir():
         check_fit(config, json.loads((model / "config.json").read_text()))
     try:
-        return str(model), AutoTokenizer.from_pretrained(model, revision=config.model.revision)
+        tokenizer = AutoTokenizer.from_pretrained(model, revision=config.model.revision)
     except Exception as error:  # it raises whatever its formats' parsers raise
         raise ConfigError(f"model.path: {str(model)!r} has no tokenizer that loads: {error}") from error
+    check_stop(config.rollout.sampling.stop, tokenizer)
+    return str(model), tokenizer
+
+
+def check_gpus(config: RunConfig) -> None:
+    """Raise `ConfigError` where this machine has not the GPUs that the run asks for. A running Ray cluster is asked later."""
+    wanted, here = config.placement.gpus, torch.cuda.device_count()
+    if wanted > here and config.placement.address is None:
+        raise ConfigError(f"placement.gpus: {wanted}, but torch sees {here} here")
+    if here and not wanted and config.rollout.engine == "vllm":
+        raise ConfigError(
+            f"placement.gpus: 0 runs on CPU, but torch sees {here} here and vLLM is built for them; choices: placement=gpu with "
+            "model.dtype=bfloat16 (as recipe=quickstart_gpu), or rollout.engine=torch"
+        )
+
+
+def check_stop(stop: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `ConfigError` for a stop string that no response can hold: special tokens are no part of its text."""
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    for i, string in enumerate(stop):
+        if found := [token for token in special if token in string]:
+            raise ConfigError(
+                f"rollout.sampling.stop[{i}]: {string!r} holds the special token {found[0]!r}, which is no part of a response's "
+                "text; those that end a response are the tokenizer's and generation_config.json's eos_token_id"
+            )
 
 
 def check_fit(config: RunConfig, architecture: Mapping[str, Any]) -> None:

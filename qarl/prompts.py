@@ -21,6 +21,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class RowSets:
+    """What a run will ask, before there is a tokenizer."""
+
+    train: tuple[Row, ...]
+    """None of them held out."""
+    heldout: tuple[Row, ...]
+    overlap: int
+    """Training rows left out because they are held out."""
+
+
+@dataclass(frozen=True)
 class PromptSets:
     """What a run asks."""
 
@@ -32,26 +43,23 @@ class PromptSets:
     """Rows of both sets left out because they are longer than `data.max_prompt_tokens`."""
 
 
-def load_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptSets:
-    """Both data sets, tokenized. `Prompt.id` is the position in its set.
-
-    Raises `ConfigError` as `load_rows` and `tokenize` do, and where nothing to train on is left.
-    """
-    heldout_rows = load_rows(config.heldout, "data.heldout")
-    questions, messages = {row.question for row in heldout_rows}, {row.message for row in heldout_rows}
+def read(config: DataConfig) -> RowSets:
+    """Both data sets. Raises `ConfigError` as `load_rows` does, and where nothing to train on is left."""
+    heldout = load_rows(config.heldout, "data.heldout")
+    questions, messages = {row.question for row in heldout}, {row.message for row in heldout}
     rows = load_rows(config.train, "data.train")
-    fresh = [row for row in rows if row.question not in questions and row.message not in messages]
+    fresh = tuple(row for row in rows if row.question not in questions and row.message not in messages)
     if not fresh:
         raise ConfigError(f"data.train: all {len(rows)} rows of {config.train.source!r} also stand in data.heldout")
-    train = tokenize(fresh, config.train, config, tokenizer, "data.train")
-    heldout = tokenize(heldout_rows, config.heldout, config, tokenizer, "data.heldout")
-    overlong = len(fresh) - len(train) + len(heldout_rows) - len(heldout)
-    return PromptSets(train, heldout, overlap=len(rows) - len(fresh), overlong=overlong)
+    return RowSets(fresh, tuple(heldout), overlap=len(rows) - len(fresh))
 
 
-def load_heldout(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Prompt, ...]:
-    """The held-out set alone: what an evaluation asks."""
-    return tokenize(load_rows(config.heldout, "data.heldout"), config.heldout, config, tokenizer, "data.heldout")
+def to_prompts(rows: RowSets, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptSets:
+    """Both sets, tokenized. `Prompt.id` is the position in its set. Raises `ConfigError` as `tokenize` does."""
+    train = tokenize(rows.train, config.train, config, tokenizer, "data.train")
+    heldout = tokenize(rows.heldout, config.heldout, config, tokenizer, "data.heldout")
+    overlong = len(rows.train) - len(train) + len(rows.heldout) - len(heldout)
+    return PromptSets(train, heldout, rows.overlap, overlong)
 
 
 def tokenize(

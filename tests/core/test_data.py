@@ -152,6 +152,35 @@ def test_unknown_fields_name_the_key_the_value_and_what_exists(jsonl):
     refused(replace(config, fields=FieldsConfig(extras=("level", "nope"))), "data.train.fields.extras[1]", "'nope'")
 
 
+def test_fields_inside_of_fields_are_found_by_their_path(tmp_path, composed):
+    """A row in the layout of the target recipe's data set (verl's), read as that recipe reads it."""
+    turns = [{"role": "system", "content": "Think."}, {"role": "user", "content": "What is 1 + 1?"}]
+    row = {
+        "data_source": "Numina",
+        "prompt": turns,
+        "target": [{"role": "assistant", "content": "Two."}],
+        "reward_model": {"style": "rule", "ground_truth": "2"},
+        "extra_info": {"index": 7, "split": "train"},
+    }
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    recipe = composed("recipe=qwen3_30b_a3b_math_w4a16").data.train
+    fields = replace(recipe.fields, extras=("extra_info.index",))
+    (read,) = load_rows(replace(recipe, source=str(path), fields=fields), KEY)
+    assert (read.question, read.answer, read.extras) == ("What is 1 + 1?", "2", {"extra_info.index": 7})
+    assert read.message.startswith("What is 1 + 1?\n\nReason step by step")
+    config = DatasetConfig(source=str(path))
+    for prompt in ("prompt.2.content", "prompt.one.content", "prompt.1.text", "data_source.1.content"):
+        refused(replace(config, fields=FieldsConfig(prompt=prompt)), "data.train.fields.prompt: row 0", f"no field '{prompt}'")
+
+
+def test_a_field_whose_name_has_dots_is_itself(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"a.b": "2 + 2", "a": {"b": "3 + 3"}, "answer": 4}) + "\n")
+    fields = FieldsConfig(prompt="a.b")
+    assert load_rows(DatasetConfig(source=str(path), fields=fields), KEY)[0].question == "2 + 2"
+
+
 @pytest.mark.parametrize(
     "row, says",
     [

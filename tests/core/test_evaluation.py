@@ -1,11 +1,15 @@
-"""Estimators against their definitions, by enumeration."""
+"""Estimators against their definitions, by enumeration; what a command writes, and where."""
 
+import json
+from contextlib import nullcontext
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from qarl.evaluation import interval, pass_at_k
+from qarl.evaluate import evaluate
+from qarl.evaluation import Evaluation, interval, pass_at_k, summary
 from qarl.seeds import completion_seeds, mini_batch_order
 
 
@@ -14,6 +18,14 @@ def test_pass_at_k_is_the_share_of_subsets_of_k_with_a_right_one(n, c, k):
     correct = np.array([[1.0] * c + [0.0] * (n - c)])
     subsets = list(combinations(correct[0], k))
     assert pass_at_k(correct, k)[0] == pytest.approx(np.mean([max(s) for s in subsets]), abs=1e-12)
+
+
+def test_what_is_nearly_right_counts_in_the_mean_reward_alone():
+    """As Reasoning Gym scores 153 and 5 where 53 was asked for; one table must not give two answers to one question."""
+    found = Evaluation(np.array([[1.0, 2 / 3], [0.5, 0.0]]), [], 0)
+    rows = {name: row["mean"] for name, row in summary(found).items()}
+    assert rows.pop("reward") == pytest.approx(13 / 24)
+    assert rows == {"mean@2": 0.25, "pass@1": 0.25, "pass@2": 0.5} and found.accuracy == 0.25
 
 
 @pytest.mark.parametrize("k", [0, 5])
@@ -44,3 +56,54 @@ def test_the_order_of_a_step_is_a_permutation_and_repeats():
     order = mini_batch_order(0, 3, 50)
     assert sorted(order) == list(range(50)) and np.array_equal(order, mini_batch_order(0, 3, 50))
     assert not np.array_equal(order, mini_batch_order(0, 4, 50))
+
+
+@pytest.fixture
+def evaluated(composed, tmp_path, monkeypatch):
+    """`evaluated("seed=1")`: the records in the folder once that evaluation is done; nothing is sampled, all of it right."""
+
+    def fake(sampler, rewarder, prompts, *, n, sampling, seed):
+        return Evaluation(np.ones((len(prompts), n)), [], 0)
+
+    def tokenize(texts, add_special_tokens):
+        return {"input_ids": [[1] * len(text) for text in texts]}
+
+    monkeypatch.setattr("qarl.evaluation.evaluate", fake)
+    monkeypatch.setattr("qarl.cluster.sampler_only", lambda *_: nullcontext())
+    monkeypatch.setattr("qarl.rewards.Rewarder", lambda *_: nullcontext())
+    monkeypatch.setattr("qarl.prepare.prepare_policy", lambda *_: ("folder", tokenize))
+    rows = [{"question": "q" * length, "answer": "1"} for length in (1, 9, 2)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = (
+        f"out={tmp_path}",
+        "name=e",
+        "model=folder",
+        "model.path=a",
+        "model.dtype=float32",
+        "data=files",
+        "data.train.source=missing.jsonl",
+        f"data.heldout.source={tmp_path / 'rows.jsonl'}",
+        "data.chat=false",
+        "data.max_prompt_tokens=5",
+        "data.overlong=drop",
+    )
+
+    def command(*overrides: str) -> list[dict]:
+        evaluate(composed(*settings, *overrides))
+        return [json.loads(file.read_text()) for file in sorted(Path(tmp_path, "e").iterdir())]
+
+    return command
+
+
+def test_an_evaluation_replaces_that_of_the_same_settings_alone(evaluated):
+    assert len(evaluated()) == len(evaluated()) == 1
+    others = ("model.path=b", "evaluation.n=2", "evaluation.temperature=1", "seed=7", "rollout.sampling.max_tokens=9")
+    for already, other in enumerate(others, 1):
+        assert len(evaluated(other)) == already + 1, other
+    assert {record["model"] for record in evaluated()} == {"a", "b"}
+
+
+def test_rows_left_out_of_an_evaluation_are_said_and_recorded(evaluated, capsys):
+    (record,) = evaluated()
+    assert (record["prompts"], record["overlong"]) == (2, 1)
+    assert "left out: 1 rows with too long a prompt" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from qarl import prepare as module
 from qarl.errors import ConfigError
@@ -22,7 +23,7 @@ def cache(tmp_path, monkeypatch):
 
 def test_an_evaluation_does_not_read_the_training_data(composed):
     config = composed(*POCKET, *FEW, "data.train.source=missing.jsonl", "evaluation.prompts=3")
-    model, prompts = prepare_evaluation(config)
+    model, prompts, _ = prepare_evaluation(config)
     assert len(prompts) == 3 and model.startswith(str(module.cache_folder()))
     with pytest.raises(ConfigError, match="data.train.source: no such file 'missing.jsonl'"):
         prepare(config)
@@ -41,7 +42,7 @@ def test_a_context_beyond_the_models_positions_is_refused(composed):
 
 
 def test_a_tokenizer_that_does_not_load_is_refused(composed, tmp_path):
-    made, _ = prepare_evaluation(composed(*POCKET, *FEW))
+    made, *_ = prepare_evaluation(composed(*POCKET, *FEW))
     (Path(made) / "tokenizer.json").write_text(json.dumps({"version": "none"}))
     with pytest.raises(ConfigError, match="model.path: .* has no tokenizer that loads"):
         prepare_evaluation(composed(*POCKET, *FEW))
@@ -49,14 +50,37 @@ def test_a_tokenizer_that_does_not_load_is_refused(composed, tmp_path):
 
 def test_canaries_without_two_tokens_are_refused(composed, monkeypatch):
     config = composed(*POCKET, *FEW, "data.chat=false", "sync.canaries=2")
-    whole = module.load_prompts
+    whole = module.to_prompts
 
-    def shortened(data, tokenizer):
-        sets = whole(data, tokenizer)
+    def shortened(*arguments):
+        sets = whole(*arguments)
         short = tuple(replace(prompt, tokens=prompt.tokens[:1]) for prompt in sets.heldout)
         return replace(sets, heldout=short)
 
     assert len(prepare(config).canaries) == 2
-    monkeypatch.setattr(module, "load_prompts", shortened)
+    monkeypatch.setattr(module, "to_prompts", shortened)
     with pytest.raises(ConfigError, match="data.heldout: none of the first 2 prompts has two tokens"):
         prepare(config)
+
+
+@pytest.mark.parametrize("source", ["data.train.source=missing.jsonl", "data.heldout.source=missing.jsonl"])
+def test_data_is_read_before_a_policy_is_made(composed, source):
+    with pytest.raises(ConfigError, match="source: no such file 'missing.jsonl'"):
+        prepare(composed(*POCKET, *FEW, source))
+    assert not module.cache_folder().exists()
+
+
+def test_gpus_that_are_not_here_are_refused_before_a_policy_is_made(composed, monkeypatch):
+    monkeypatch.setattr(module.torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ConfigError, match="placement.gpus: 1, but torch sees 0 here"):
+        prepare(composed("recipe=quickstart_gpu", *FEW))
+    monkeypatch.setattr(module.torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="placement.gpus: 0 runs on CPU, but torch sees 1 here"):
+        prepare(composed("recipe=quickstart", *FEW))
+    assert not module.cache_folder().exists()
+
+
+def test_a_stop_string_of_a_special_token_is_refused(composed):
+    eos = AutoTokenizer.from_pretrained(prepare_evaluation(composed(*POCKET, *FEW))[0]).eos_token
+    with pytest.raises(ConfigError, match=r"rollout.sampling.stop\[1\]: .* holds the special token"):
+        prepare(composed(*POCKET, *FEW, f"rollout.sampling.stop=['=','{eos}']"))

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from qarl.config import DataConfig, DatasetConfig
 from qarl.errors import CheckpointError, ConfigError
-from qarl.prompts import PromptStream, load_prompts
+from qarl.prompts import PromptSets, PromptStream, read, to_prompts
 from qarl.records import Prompt
 
 CHAT = (
@@ -42,6 +42,10 @@ def files(tmp_path):
 
 def data(train: DatasetConfig, heldout: DatasetConfig, **changes) -> DataConfig:
     return DataConfig(train=train, heldout=heldout, **changes)
+
+
+def load_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> PromptSets:
+    return to_prompts(read(config), config, tokenizer)
 
 
 def test_prompts_carry_the_chat_template_and_its_tokens(files, tokenizer):
