@@ -1,7 +1,8 @@
 """What a run will need, from its configuration alone: memory and placement, device by device. No torch.
 
-Weights, gradients, optimizer state, published codes and the engine's weights are counted exactly from the architecture; what is
-left on each device goes to activations and the KV cache, and a plan that leaves less than nothing says so.
+Weights, gradients, optimizer state, published codes and the engine's weights are counted from the architecture, what an optimizer
+step holds besides by what was measured (ZeRO-1) or read (ZeRO-3); what is left on each device goes to activations and the KV cache,
+and a plan that leaves less than nothing says so.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ from qarl.shapes import architecture, check_ranks, parameter_shapes
 GB = 1e9
 #: Bytes of optimizer state for each weight, beside the FP32 master: moments.
 MOMENTS = {"adamw": 8, "muon": 4, "adamw_8bit": 2}
+#: Bytes of one FP32 number: a gradient, a master, a temporary of AdamW's step.
+FP32 = 4
+#: Weights of a rank that ZeRO-3 steps at a time (DeepSpeed's `sub_group_size`), billions.
+SUB_GROUP = 1.0
 
 
 @dataclass(frozen=True)
@@ -25,8 +30,14 @@ class Memory:
 
     weights: float
     gradients: float
+    """In FP32, as DeepSpeed is told to add them up."""
     masters: float
+    """DeepSpeed's own FP32 copy, of FP32 weights too."""
     moments: float
+    step: float
+    """What is live besides while the optimizer steps: a temporary of AdamW's, and gradients in the model's dtype. So ZeRO-1 on one
+    rank holds 24 bytes a weight of a BF16 model, as was measured on an H200 (24.03 at the peak of a step, two models:
+    benchmarks/results/learner_h200.json). Under ZeRO-3, by its code: a temporary and a copy of the gradient, a group at a time."""
     gathered: float
     """The largest decoder layer, whole, in the model's dtype: what ZeRO-3 holds while it computes."""
     codes: float
@@ -64,9 +75,12 @@ def learner_memory(config: RunConfig, shapes: dict[str, tuple[int, ...]]) -> Mem
 
     return Memory(
         weights=width * share(3),
-        gradients=width * share(2),
-        masters=(4 if width == 2 else 0) * share(1),
+        gradients=FP32 * share(2),
+        masters=(FP32 if zero else 0) * share(1),
         moments=MOMENTS[config.learner.optimizer.name] * share(1),
+        step=2 * FP32 * min(share(3), SUB_GROUP)
+        if zero == 3
+        else FP32 * share(1) + (2 * share(2) if width == 2 else 0),
         gathered=width * max(layers.values(), default=0) / GB if zero == 3 else 0.0,
         codes=staging(config, shapes) + _kept_codes(config, shapes),
         engine=0.0,
@@ -110,7 +124,7 @@ def engine_memory(config: RunConfig, shapes: dict[str, tuple[int, ...]]) -> Memo
         cache = config.rollout.kv_cache_gb
     else:
         cache = config.rollout.gpu_memory * config.placement.gpu_gb - weights if config.placement.gpus else 1.0
-    return Memory(0, 0, 0, 0, 0, 0, weights, cache)
+    return Memory(0, 0, 0, 0, 0, 0, 0, engine=weights, kv_cache=cache)
 
 
 def plan(config: RunConfig) -> str:

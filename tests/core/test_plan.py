@@ -1,5 +1,7 @@
 """Plans: numbers against arithmetic done by hand, and refusals before anything is loaded."""
 
+import math
+
 import pytest
 
 from qarl.errors import ConfigError
@@ -30,17 +32,39 @@ def test_the_target_is_thirty_billion_weights_and_seventeen_gigabytes_at_int4(co
     assert 16 < engine_weights(config, shapes(config)) < 18
 
 
-@pytest.mark.parametrize("zero, divided", [(1, ("moments",)), (2, ("gradients",)), (3, ("weights",))])
-def test_each_zero_stage_divides_one_part_more(composed, zero, divided):
-    float32 = "model.dtype=float32"  # the masters are the weights
+@pytest.mark.parametrize(
+    "dtype, zero, divided",
+    [
+        ("float32", 1, ("moments",)),
+        ("float32", 2, ("gradients",)),
+        ("bfloat16", 2, ("gradients",)),
+        ("bfloat16", 3, ("weights",)),
+    ],
+)
+def test_each_zero_stage_divides_one_part_more(composed, dtype, zero, divided):
     config, below = (
-        composed(TARGET, float32, f"learner.zero={zero}"),
-        composed(TARGET, float32, f"learner.zero={zero - 1}"),
+        composed(TARGET, f"model.dtype={dtype}", f"learner.zero={zero}"),
+        composed(TARGET, f"model.dtype={dtype}", f"learner.zero={zero - 1}"),
     )
     memory, before = learner_memory(config, shapes(config)), learner_memory(below, shapes(config))
     for part in ("weights", "gradients", "moments"):
         ratio = 8 if part in divided else 1
         assert getattr(before, part) == pytest.approx(ratio * getattr(memory, part))
+
+
+def test_a_learner_on_one_gpu_holds_the_bytes_a_weight_that_were_measured(composed):
+    """24.03 at the peak of an optimizer step, ZeRO-1 on one H200, of two models (benchmarks/results/learner_h200.json)."""
+    config = composed("recipe=quickstart_gpu", "rollout.format=bf16")
+    memory, weights = learner_memory(config, shapes(config)), sum(map(math.prod, shapes(config).values()))
+    held = memory.weights + memory.gradients + memory.masters + memory.moments + memory.step
+    assert held * 1e9 / weights == pytest.approx(24.03, rel=0.005)
+
+
+@pytest.mark.parametrize("zero, copies", [(0, 0), (1, 1), (3, 1)])
+def test_deepspeed_keeps_masters_of_float32_weights_too(composed, zero, copies):
+    config = composed("recipe=quickstart", f"learner.zero={zero}")
+    memory = learner_memory(config, shapes(config))
+    assert memory.masters == pytest.approx(copies * memory.weights)
 
 
 def test_a_plan_says_whether_it_fits(composed):
