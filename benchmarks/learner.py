@@ -2,7 +2,9 @@
 
 Forward, backward and optimizer of `qarl.trainer.learner.Learner` on one device, on packed sequences; Qwen3-8B's and
 Qwen3-30B-A3B's shapes with random weights, cut to as many layers as fit with optimizer state. Every step quantizes its weights.
-bf16 (plain: `learner.backend=none`) runs first and again last: what changed in between is the device's.
+There are two bf16: as transformers computes it (`learner.backend=none`), and aligned (`auto`), which takes the engine's ops between
+its products as low-bit learners do, so that only the format differs. Each runs first and again last; ratios to each are over
+the mean of these runs. The bars, "whole learner step, w4a16 / int8 <= 1.05x / <= 0.95x bf16", are of `ratio`: over the faster bf16.
 Written to `results/learner_h200.json` (by the GPU's name) row by row. Exits 1 where a row failed.
 """
 
@@ -35,7 +37,9 @@ from qarl.algorithm import grpo
 from qarl.config import Backend, LearnerConfig, OptimizerConfig
 from qarl.records import MicroBatch
 
-FORMATS = ("bf16", "w4a16", "w8a8_int8", "w8a8_fp8")
+FORMATS = ("w4a16", "w8a8_int8", "w8a8_fp8")
+BF16: dict[str, Backend] = {"transformers": "none", "aligned": "auto"}
+"""Whose bf16: its `learner.backend`."""
 BARS = {
     "w4a16": Bar("w4a16 learner step, Qwen3-8B shape", "ratio", 1.05),
     "w8a8_int8": Bar("w8a8_int8 learner step, Qwen3-8B shape", "ratio", 0.95),
@@ -72,27 +76,51 @@ TINY_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_si
 
 
 def measure_model(report: Report, name: str, tiny: bool) -> None:
-    """A row for each format, without and with gradient checkpointing, then bf16 again: its ratio is what the device drifted."""
+    """Rows of both bf16, of each format, of both bf16 again; each without and with gradient checkpointing."""
     shape = MODELS[name] | (TINY if tiny else {}) | (TINY_EXPERTS if tiny and name == "experts" else {})
     sequences, length, steps = (2, 12, 1) if tiny else (8, 2048, 3)
     batch = make_batch(shape["vocab_size"], sequences, length)
-    bf16: dict[bool, Row] = {}
+    low_bit: Backend = "emulated" if tiny and device().type == "cpu" else "auto"
+    bf16 = [("bf16", backend) for backend in BF16.values()]
+    runs = [*bf16, *((format, low_bit) for format in FORMATS), *bf16]
+    rows: dict[bool, list[Row]] = {False: [], True: []}
     with random_model(shape) as folder:
-        for format, again in [*((format, False) for format in FORMATS), ("bf16", True)]:
-            started = Lazy(partial(make_learner, folder, format, tiny))
-            for checkpointing in (False,) if again else (False, True):
+        for i, (format, backend) in enumerate(runs):
+            started = Lazy(partial(make_learner, folder, format, backend))
+            for checkpointing in rows:
                 layer = f"{name}, {shape['num_hidden_layers']} layers{', checkpointing' if checkpointing else ''}"
-                row = {"group": "learner", "layer": layer, "m": sequences * length, "format": format}
-                row |= {"pass": "again"} if again else {}
+                row: Row = {"group": "learner", "layer": layer, "m": sequences * length}
+                row |= {"format": format, "backend": backend}
+                row |= {"pass": "again"} if i >= len(runs) - len(bf16) else {}
                 bars = (BARS[format],) if name == "dense" and format in BARS else ()
-                measure = partial(timed_steps, started, batch, steps, checkpointing, bf16.get(checkpointing))
-                done = report.add(row, measure, *bars)
-                if format == "bf16" and not again:
-                    bf16[checkpointing] = done
+                measure = partial(timed_steps, started, batch, steps, checkpointing)
+                rows[checkpointing].append(report.add(row, measure, *bars))
             try:
                 started.close()
             except Exception as error:
                 report.fail({"group": "learner", "layer": name, "format": format, "pass": "close"}, error)
+    for alike in rows.values():
+        compare(alike)
+    report.judge()
+    report.save()
+
+
+def compare(rows: list[Row]) -> None:
+    """Ratios of each row's milliseconds to either bf16's, the mean of its first and last run; `ratio` and `peak_ratio` are to the
+    faster one's. None where one of the four runs failed: what is left need not be the faster."""
+    runs = {
+        name: [row for row in rows if (row["format"], row["backend"]) == ("bf16", backend) and "ms" in row]
+        for name, backend in BF16.items()
+    }
+    if not all(len(found) == 2 for found in runs.values()):
+        return
+    means = {name: statistics.mean(row["ms"] for row in found) for name, found in runs.items()}
+    faster = min(means, key=means.__getitem__)
+    for row in rows:
+        if "ms" in row:
+            row |= {f"ratio_{name}": row["ms"] / ms for name, ms in means.items()}
+            row |= {"bf16_ms": means[faster], "ratio": row[f"ratio_{faster}"]}
+            row |= {"peak_ratio": row["peak_gb"] / runs[faster][0]["peak_gb"]} if "peak_gb" in row else {}
 
 
 class Lazy:
@@ -122,21 +150,15 @@ class Lazy:
             free()
 
 
-def make_learner(folder: Path, format: str, tiny: bool) -> Any:
+def make_learner(folder: Path, format: str, backend: Backend) -> Any:
     from qarl.trainer.learner import Learner
 
-    low_bit: Backend = "emulated" if tiny and device().type == "cpu" else "auto"
-    config = LearnerConfig(
-        zero=1,
-        backend="none" if format == "bf16" else low_bit,
-        optimizer=OptimizerConfig(lr=1e-6),
-        tokens=1 << 20,
-    )
+    config = LearnerConfig(zero=1, backend=backend, optimizer=OptimizerConfig(lr=1e-6), tokens=1 << 20)
     with random_weights():
         return Learner(config, folder, "bfloat16", formats.get(format), grpo(), 1.0, total_updates=100, seed=0)
 
 
-def timed_steps(started: Lazy, batch: MicroBatch, steps: int, checkpointing: bool, bf16: Row | None) -> Row:
+def timed_steps(started: Lazy, batch: MicroBatch, steps: int, checkpointing: bool) -> Row:
     """Medians over `steps`, after one that compiles and allocates. `score`: a forward alone, by codes that the step left stale."""
     learner = started()
     if checkpointing:
@@ -155,14 +177,12 @@ def timed_steps(started: Lazy, batch: MicroBatch, steps: int, checkpointing: boo
         learner.score([batch])
         seconds.append({"step": updated - before, **stats.seconds, "score": now() - updated})
     median = {key: statistics.median(s[key] for s in seconds[1:]) * 1e3 for key in seconds[0]}
-    row: Row = {"backend": learner.aligned.backend, "ms": median.pop("step")}
+    row: Row = {"backend": learner.aligned.backend} if learner.aligned.covered else {}  # else there is none to choose
+    row |= {"ops": "engine" if learner.aligned.follows_engine else "torch", "ms": median.pop("step")}
     row |= {f"{stage}_ms": ms for stage, ms in median.items()}
     row["tokens_per_s"] = len(batch.tokens) / row["ms"] * 1e3
     if device().type == "cuda":
         row |= {"peak_gb": torch.cuda.max_memory_allocated() / 1e9, "held_gb": started.held_gb}
-    if bf16 and "ms" in bf16:
-        row |= {"bf16_ms": bf16["ms"], "ratio": row["ms"] / bf16["ms"]}
-        row |= {"peak_ratio": row["peak_gb"] / bf16["peak_gb"]} if "peak_gb" in row else {}
     return row
 
 
@@ -216,6 +236,7 @@ def summary(report: Report) -> str:
         "format": "",
         "pass": "",
         "backend": "",
+        "ops": "",
         "ms": ".1f",
         "forward_ms": ".1f",
         "backward_ms": ".1f",
@@ -223,6 +244,7 @@ def summary(report: Report) -> str:
     columns |= {
         "optimizer_ms": ".1f",
         "score_ms": ".1f",
+        **{f"ratio_{name}": ".3f" for name in BF16},
         "ratio": ".3f",
         "peak_gb": ".1f",
         "peak_ratio": ".2f",

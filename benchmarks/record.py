@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import sys
 from functools import cache
 from pathlib import Path
@@ -24,7 +25,7 @@ def write(name: str, rows: list[dict[str, Any]], **more: Any) -> Path:
 def write_file(file: Path, rows: list[dict[str, Any]], **more: Any) -> Path:
     """Write `file` whole; a reader never finds half of it. Returns its path."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    record = {"command": " ".join(["python", "-m", *_command()]), **surroundings(), **more, "rows": rows}
+    record = {"command": shlex.join(["python", "-m", *_command()]), **surroundings(), **more, "rows": rows}
     draft = file.with_suffix(".draft")
     draft.write_text(json.dumps(record, indent=1) + "\n")
     draft.replace(file)

@@ -1,13 +1,15 @@
 """One weight sync of Qwen3-30B-A3B: a learner's BF16 weights and a running engine on one GPU, or on two.
 
-    python -m benchmarks.refill                      every format that the GPU has room for, colocated -> results/refill_<gpu>.json
+    python -m benchmarks.refill                      every format, colocated -> results/refill_<gpu>.json
     python -m benchmarks.refill --carrier broadcast  learner on the first GPU, engine on the second, by NCCL; no codes are kept
-    python -m benchmarks.refill --tiny               narrow and four layers deep, on whatever is here
+    python -m benchmarks.refill --cycles 50          50 more syncs of an engine that slept -> results/refill_sleep_<gpu>.json
+    python -m benchmarks.refill --tiny               narrow and four layers deep, on whatever is here; written only where --out says
 
 One process holds the policy (random weights of the true shape) as a learner does, publishes it and scores the canaries; the engine,
 in a process of its own, is the product's (`benchmarks/refill_rig.py`, `refill_engine.py`). Between syncs all weights change. A sync
 is timed from the first word of the learner to the engine's report. Stages are timed in syncs of their own, in which the device
-settles after each. Neither Ray nor DeepSpeed takes part: gathering from ZeRO's shards is not measured here.
+settles after each. A format that fails, as where memory ends, leaves a row with its error. Neither Ray nor DeepSpeed takes part:
+gathering from ZeRO's shards is not measured here.
 """
 
 from __future__ import annotations
@@ -52,14 +54,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = make_folder(Path(tempfile.mkdtemp(prefix="refill-")), layers, arguments.tiny)
     model = make_policy(layers, arguments.tiny)
     ceilings = Ceilings.measure(arguments.tiny)
-    out = arguments.out or record.RESULTS / f"refill_{device_name()}{'' if arguments.carrier == 'ipc' else '_x2'}.json"
+    name = f"refill{'_sleep' if arguments.cycles else ''}_{device_name()}{'' if arguments.carrier == 'ipc' else '_x2'}"
+    out = arguments.out or (None if arguments.tiny else record.RESULTS / f"{name}.json")
     rows: list[dict[str, Any]] = []
-    for name in arguments.formats:
-        rows.append(measure(model, formats.get(name), folder, arguments, ceilings))
+    for format in arguments.formats:
+        rows.append(measure(model, formats.get(format), folder, arguments, ceilings))
         print(record.table(rows[-1:], COLUMNS), flush=True)
-        record.write_file(out, rows, copy_bytes_s=ceilings.copy_bytes_s)  # a run that is stopped leaves what it had
+        if out:
+            record.write_file(out, rows, copy_bytes_s=ceilings.copy_bytes_s)  # a run that is stopped leaves what it had
     print(record.table(rows, COLUMNS))
-    print("written to", out)
+    if out:
+        print("written to", out)
     return 0 if all("error" not in row for row in rows) else 1
 
 
@@ -140,19 +145,20 @@ def syncs(rig: Rig, n: int) -> dict[str, Any]:
 
 
 def cycles(n: int, rig: Rig) -> dict[str, Any]:
-    """Sleep and refill, which wakes, n times: seconds of each, and the memory before and after. Then what it would take to keep
-    the weights in host memory instead, which a refill would have to follow all the same."""
+    """Sleep and refill, which wakes, n times: seconds of each, the memory before and after, and bytes used on the GPU awake and
+    asleep, by the learner too: the difference is what sleep frees. Then what it would take to keep the weights in host memory
+    instead, which a refill would have to follow all the same."""
     before = rig.ask("memory")
     rows = []
     for _ in range(n):
-        asleep, left = rig.ask("sleep")
+        slept, asleep_bytes = rig.ask("sleep")
         _, synced = rig.sync()
-        rows.append({"sleep": asleep, "wake": synced["wake"], "sync": synced["whole"], "left": left})
+        rows.append({"sleep": slept, "wake": synced["wake"], "sync": synced["whole"]})
     seconds = {key: statistics.median(row[key] for row in rows) for key in ("sleep", "wake", "sync")}
     after = rig.ask("memory")
     kept = [rig.ask("keep") for _ in range(3)]  # last: it takes the weights' size of host memory
     down, up = (statistics.median(times) for times in zip(*kept, strict=True))
-    memory = {"asleep_bytes": rows[-1]["left"], "before": before, "after": after}
+    memory = {"awake_bytes": before["device"], "asleep_bytes": asleep_bytes, "before": before, "after": after}
     return {"n": n, **seconds, **memory, "keep_sleep": down, "keep_wake": up}
 
 

@@ -74,12 +74,11 @@ class Served:
             self.engine._read_back = lambda: {}
 
     def sleep(self) -> tuple[float, int]:
-        """Seconds, and the bytes of this process that are left on the GPU."""
-        import torch
-
+        """Seconds, and the bytes then used on the GPU by all processes, as the driver says: torch still counts as reserved what
+        vLLM's allocator has given back."""
         start = time.perf_counter()
         self.engine.sleep()
-        return time.perf_counter() - start, torch.cuda.memory_reserved()
+        return time.perf_counter() - start, self.memory()["device"]
 
     def keep(self) -> tuple[float, float]:
         """Seconds to fall asleep with the weights kept in host memory, and to have them back: vLLM's own way, in place of ours."""

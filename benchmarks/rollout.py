@@ -2,13 +2,13 @@
 
     python -m benchmarks.rollout                    our engine, then plain vLLM -> results/rollout_<gpu>.json
     python -m benchmarks.rollout --backends qarl    our engine alone
-    python -m benchmarks.rollout --tiny             narrow and four layers deep, on whatever is here
+    python -m benchmarks.rollout --tiny             narrow and four layers deep, on whatever is here; written only where --out says
 
 `qarl` is the product's engine, with the kernels, graphs and patches that a learner can follow; `stock` is vLLM as it comes,
 compiled and fused as it likes, on the same model and quantization (its int8 experts, in vLLM 0.26, leave activations in
-bfloat16). Weights are random and made where they are used; no sequence ends early. A row is timed from the first request to the
-last token, with the prefill of prompts of 64 random tokens. Each engine has a process of its own, and the next one imports vLLM
-meanwhile. Rows are written as they come.
+bfloat16). Weights are random and made where they are used; no sequence ends early. A batch is timed from the first request to the
+last token, with the prefill of prompts of 64 random tokens; a row is the median of three, with the least and the most. Each engine
+has a process of its own, and the next one imports vLLM meanwhile. Rows are written as they come.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import math
 import multiprocessing
 import os
 import signal
+import statistics
 import sys
 import tempfile
 import time
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--backends", nargs="*", choices=list(BACKENDS), default=list(BACKENDS))
     parser.add_argument("--sequences", nargs="*", type=int, default=[32, 128, 512], help="generated at a time")
     parser.add_argument("--tokens", type=int, default=256, help="new ones of a sequence")
+    parser.add_argument("--repeats", type=int, default=3, help="batches timed for a row")
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--limit", type=float, default=300.0, help="seconds to wait for a row")
     parser.add_argument("--tiny", action="store_true", help="narrow, four layers, for a test")
@@ -58,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     layers = 4 if arguments.tiny else arguments.layers
     sizes = {"layers": layers, "prompt_tokens": PROMPT_TOKENS, "new_tokens": arguments.tokens}
-    report = Report(arguments.out or record.RESULTS / f"rollout_{device_name()}.json", more=sizes)
+    out = arguments.out or (None if arguments.tiny else record.RESULTS / f"rollout_{device_name()}.json")
+    report = Report(out, more={**sizes, "repeats": arguments.repeats})
     with tempfile.TemporaryDirectory(prefix="rollout-") as folder:
         make_folder(Path(folder), layers, arguments.tiny)
         tasks = [(backend, format) for backend in arguments.backends for format in arguments.formats]
@@ -66,7 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             for index, (backend, format) in enumerate(tasks):
                 for task in tasks[len(children) : index + 2]:
-                    children.append(Child(*task, folder, tuple(arguments.sequences), arguments.tokens))
+                    children.append(
+                        Child(*task, folder, tuple(arguments.sequences), arguments.tokens, arguments.repeats)
+                    )
                 children[index].go()
                 for n in arguments.sequences:
                     row = {"format": format, "backend": backend, "m": n}
@@ -87,6 +92,8 @@ COLUMNS = {
     "format": "",
     "m": "",
     "tokens_s": ",.0f",
+    "tokens_s_min": ",.0f",
+    "tokens_s_max": ",.0f",
     "over_bf16": ".2f",
     "over_stock": ".2f",
     "start_s": ".1f",
@@ -108,10 +115,11 @@ def compare(rows: Sequence[Row]) -> None:
 class Child:
     """An engine's process: it imports vLLM at once, and touches the GPU when it is told to go."""
 
-    def __init__(self, backend: str, format: str, folder: str, sequences: tuple[int, ...], n_tokens: int) -> None:
+    def __init__(self, *task: Any) -> None:
+        """`task`: what `serve` takes behind its pipe."""
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, backend, format, folder, sequences, n_tokens))
+        self.process = context.Process(target=serve, args=(theirs, *task))
         self.process.start()
         theirs.close()
         self.error: Exception | None = None
@@ -147,7 +155,15 @@ class Child:
                 time.sleep(0.05)
 
 
-def serve(pipe: Connection, backend: str, format: str, folder: str, sequences: tuple[int, ...], n_tokens: int) -> None:
+def serve(
+    pipe: Connection,
+    backend: str,
+    format: str,
+    folder: str,
+    sequences: tuple[int, ...],
+    n_tokens: int,
+    repeats: int,
+) -> None:
     """The life of a child: a row for each number of sequences, or an error and its end."""
     os.setpgid(0, 0)
     make = BACKENDS[backend]
@@ -157,34 +173,46 @@ def serve(pipe: Connection, backend: str, format: str, folder: str, sequences: t
 
     with suppress(EOFError):  # of a benchmark that was stopped
         pipe.recv()
-        _rows(pipe, make, format, folder, sequences, n_tokens)
+        _rows(pipe, make, format, folder, sequences, n_tokens, repeats)
         pipe.recv()
 
 
 def _rows(
-    pipe: Connection, make: type[Engine], format: str, folder: str, sequences: tuple[int, ...], n_tokens: int
+    pipe: Connection,
+    make: type[Engine],
+    format: str,
+    folder: str,
+    sequences: tuple[int, ...],
+    n_tokens: int,
+    repeats: int,
 ) -> None:
     try:
         start = time.perf_counter()
         engine = make(folder, formats.get(format), max(sequences), PROMPT_TOKENS + n_tokens)
         start_s = time.perf_counter() - start
         for n in sequences:
-            pipe.send({**measure(engine, n, n_tokens), "start_s": start_s})
+            pipe.send({**measure(engine, n, n_tokens, repeats), "start_s": start_s})
     except ConfigError as refusal:
         pipe.send(refusal)
     except Exception as error:  # others might not survive the pipe
         pipe.send(RuntimeError(f"{type(error).__name__}: {error}"[:500]))
 
 
-def measure(engine: Engine, n_sequences: int, n_tokens: int) -> Row:
-    prompts = np.random.default_rng(n_sequences).integers(6, 500, (n_sequences, PROMPT_TOKENS)).astype(np.int32)
-    engine.generate(prompts, WARM_UP_TOKENS)
-    start = time.perf_counter()
-    tokens = engine.generate(prompts, n_tokens)
-    seconds = time.perf_counter() - start
-    if tokens != n_sequences * n_tokens:
-        raise RuntimeError(f"{tokens} tokens instead of {n_sequences} x {n_tokens}")
-    return {"tokens_s": tokens / seconds, "seconds": seconds}
+def measure(engine: Engine, n_sequences: int, n_tokens: int, repeats: int) -> Row:
+    """Tokens a second: the median of batches, the least and the most. Each has prompts of its own: a cache may hold the others'."""
+    shape = (1 + repeats, n_sequences, PROMPT_TOKENS)
+    warm_up, *batches = np.random.default_rng(n_sequences).integers(6, 500, shape).astype(np.int32)
+    engine.generate(warm_up, WARM_UP_TOKENS)
+    seconds = []
+    for prompts in batches:
+        start = time.perf_counter()
+        tokens = engine.generate(prompts, n_tokens)
+        seconds.append(time.perf_counter() - start)
+        if tokens != n_sequences * n_tokens:
+            raise RuntimeError(f"{tokens} tokens instead of {n_sequences} x {n_tokens}")
+    speed = [n_sequences * n_tokens / taken for taken in seconds]
+    spread = {"tokens_s_min": min(speed), "tokens_s_max": max(speed)}
+    return {"tokens_s": statistics.median(speed), **spread, "seconds": statistics.median(seconds)}
 
 
 class Engine(Protocol):

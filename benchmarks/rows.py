@@ -66,14 +66,22 @@ class Report:
             row["failed"] = f"{type(error).__name__}: {str(error)[:500]}"
             # An OutOfMemoryError is not one of these: it leaves the device as it was.
             lost = error if isinstance(error, torch.AcceleratorError) else None
-        row["bars"] = {bar.what: bar.met(row[bar.key]) if row.get(bar.key) is not None else None for bar in bars}
+        row["bars"] = dict.fromkeys(bar.what for bar in bars)
         self.bars += [bar for bar in bars if bar not in self.bars]
         self.rows.append(row)
+        self.judge()
         print(_line(row), flush=True)
         self.save()
         if lost is not None:
             raise DeviceLost(str(lost)) from lost
         return row
+
+    def judge(self) -> None:
+        """Each row by its bars; once more by whoever gives rows that stand here the values that bars are of."""
+        for row in self.rows:
+            for bar in self.bars:
+                if bar.what in row["bars"] and row.get(bar.key) is not None:
+                    row["bars"][bar.what] = bar.met(row[bar.key])
 
     def run(self, groups: dict[str, Callable[[], None]]) -> None:
         """Each group adds its rows; one that breaks outside its rows leaves a failed row."""

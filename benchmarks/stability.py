@@ -25,6 +25,7 @@ from benchmarks import record
 from benchmarks.stability_arms import ARMS, MODELS, SMOKE, Job, schedule, taken
 from benchmarks.stability_runs import Rows, run
 from qarl import checkpoint
+from qarl.cli import fail
 from qarl.errors import ConfigError
 
 OUT = record.RESULTS / "stability_h200.json"
@@ -135,7 +136,7 @@ def parser() -> argparse.ArgumentParser:
     for name in ("run", "policies"):
         every[name].add_argument("--out", type=Path, default=OUT, help="result file")
     every["run"].add_argument(
-        "overrides", nargs="*", help="of every arm that does not say otherwise, e.g. algorithm.mini_batches=8"
+        "overrides", nargs="*", help="of every arm that does not say otherwise, anywhere, e.g. algorithm.mini_batches=8"
     )
     every["plot"].add_argument("file", type=Path, nargs="?", default=OUT)
     return parser
@@ -145,8 +146,14 @@ def main(words: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if words is None else words)
     if not words or (words[0].startswith("--") and words[0] != "--help"):
         words = ["run", *words]  # the benchmark itself
+    if words[0] == "run" and "--" not in words:
+        # key=value first: behind an option of several words, as --seeds is, it would be taken for one of them
+        words[1:] = sorted(words[1:], key=lambda word: word.startswith("-") or "=" not in word)
     arguments = parser().parse_args(words)
-    arguments.work_of(arguments)
+    try:
+        arguments.work_of(arguments)
+    except ConfigError as error:
+        fail(error)
 
 
 if __name__ == "__main__":

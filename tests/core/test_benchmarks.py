@@ -2,17 +2,20 @@
 
 import json
 import os
+import shlex
 import socket
+import sys
 import time
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import faults, kernels, refill, rollout, timing
+from benchmarks import faults, kernels, learner, record, refill, refill_engine, rollout, step_time, timing
 from benchmarks.floors import ideal_ratio
 from benchmarks.jobs import run_job
 from benchmarks.rows import Bar, Report
@@ -122,6 +125,128 @@ def test_faults_put_into_syncs_are_caught_and_nothing_else(tmp_path):
     assert told["false_alarms"] == [] and told["clean"] == 12
     assert [(row["injected"], row["caught"]) for row in told["rows"]] == [(1, 1)] * len(faults.FAULTS)
     assert {row["fault"] for row in told["rows"] if row["named"]} >= set(faults.FAULTS) - {"stale_layer"}
+    rows = {row["fault"]: row for row in told["rows"]}
+    (gap,) = rows["quantized_router"]["canary_gaps"]
+    assert gap > faults.CANARY_TOLERANCE and told["default_canary_tolerance"] == 0.02
+    assert rows["quantized_router"]["by_default"] == (gap > 0.02)
+    assert "by_default" not in rows["flipped_bit"], "refused before the canaries"
+
+
+def test_a_format_whose_canaries_tell_nothing_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(faults, "Rig", MagicMock())
+    monkeypatch.setattr(faults, "attempt", lambda rig: ("canaries differ by 0.5 nats", 0.5))
+    with pytest.raises(SystemExit) as ended:
+        faults.main(["--tiny", "--format", "w4a16"])
+    assert ended.value.code == 2
+    assert "--format: canaries of w4a16 differ by 0.5 nats a token in a clean sync" in capsys.readouterr().err
+
+
+class Silent:
+    """In the place of a `rollout.Child`."""
+
+    def __init__(self, *task):
+        pass
+
+    def go(self):
+        pass
+
+    def answer(self, limit):
+        return {"tokens_s": 1.0}
+
+    def end(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("module", "words", "written"),
+    [
+        (kernels, "", "kernels_{}.json"),
+        (kernels, "--tiny", None),
+        (learner, "", "learner_{}.json"),
+        (learner, "--tiny", None),
+        (refill, "", "refill_{}.json"),
+        (refill, "--carrier broadcast", "refill_{}_x2.json"),
+        (refill, "--cycles 1", "refill_sleep_{}.json"),
+        (refill, "--tiny --cycles 1", None),
+        (faults, "", "faults_{}.json"),
+        (faults, "--tiny", None),
+        (rollout, "", "rollout_{}.json"),
+        (rollout, "--tiny", None),
+        (step_time, "RUN", "step_time_{}.json"),
+    ],
+)
+def test_results_bear_the_name_of_the_device_and_a_tiny_run_publishes_none(
+    module, words, written, tmp_path, monkeypatch
+):
+    steps = [{"step": i, **dict.fromkeys([*step_time.WORK, "time/step_s"], 1.0)} for i in range(3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    results = tmp_path / "results"
+    monkeypatch.setattr(record, "RESULTS", results)
+    monkeypatch.setattr(timing.Ceilings, "measure", lambda tiny: timing.Ceilings(1.0, 1.0))
+    monkeypatch.setattr(kernels.layers, "head", lambda report, ceilings, tiny: report.save())
+    monkeypatch.setattr(learner, "measure_model", lambda report, name, tiny: report.save())
+    monkeypatch.setattr(refill, "make_policy", MagicMock())
+    monkeypatch.setattr(refill, "measure", lambda model, format, *_: {"format": format.name})
+    monkeypatch.setattr(faults, "make_policy", MagicMock())
+    monkeypatch.setattr(faults, "Rig", MagicMock())
+    monkeypatch.setattr(faults, "attempt", lambda rig: (None, 0.0))
+    monkeypatch.setattr(rollout, "Child", Silent)
+    more = {kernels: "--only head", faults: "--n 0"}.get(module, "")
+    assert not module.main(f"{words} {more}".replace("RUN", str(tmp_path)).split())
+    files = [file.name for file in results.iterdir()] if results.exists() else []
+    assert files == ([written.format(timing.device_name())] if written else [])
+
+
+def test_a_result_says_a_command_that_can_be_typed_again(tmp_path, monkeypatch):
+    words = ["run", "learner.optimizer.lr=1e-4", "data.files=[a b, c]", "--seeds", "0"]
+    monkeypatch.setattr(sys, "argv", ["x", *words])
+    command = json.loads(record.write_file(tmp_path / "r.json", []).read_text())["command"]
+    assert shlex.split(command)[3:] == words and "learner.optimizer.lr=1e-4 " in command
+
+
+def test_what_sleep_frees_is_what_the_driver_sees_awake_and_asleep(monkeypatch):
+    """Of 100 bytes 80 are used awake, 30 asleep; torch's own count of 70 stands still, as under vLLM's allocator."""
+    used = 80
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 70)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (100 - used, 100))
+
+    def sleep() -> None:
+        nonlocal used
+        used = 30
+
+    class Rig:
+        served: Any = refill_engine.Served.__new__(refill_engine.Served)
+
+        def ask(self, question: str) -> Any:
+            return (0.5, 0.25) if question == "keep" else getattr(self.served, question)()
+
+        def sync(self) -> Any:
+            nonlocal used
+            used = 80
+            return None, {"wake": 0.1, "whole": 0.2}
+
+    rig: Any = Rig()
+    rig.served.engine = SimpleNamespace(sleep=sleep)
+    found = refill.cycles(2, rig)
+    assert (found["awake_bytes"], found["asleep_bytes"], found["after"]["device"]) == (80, 30, 80)
+    assert (found["n"], found["wake"], found["sync"], found["keep_sleep"]) == (2, 0.1, 0.2, 0.5)
+
+
+def test_a_speed_is_the_median_of_batches_none_of_which_repeats_a_prompt(monkeypatch):
+    clock = iter([0.0, 4.0, 10.0, 12.0, 20.0, 21.0])
+    asked: list[bytes] = []
+    monkeypatch.setattr(rollout.time, "perf_counter", lambda: next(clock))
+
+    class Engine:
+        def generate(self, prompts: np.ndarray, n_tokens: int) -> int:
+            asked.extend(map(bytes, prompts))
+            return len(prompts) * n_tokens
+
+    engine: Any = Engine()
+    row = rollout.measure(engine, 2, 8, 3)
+    assert row == {"tokens_s": 8.0, "tokens_s_min": 4.0, "tokens_s_max": 16.0, "seconds": 2.0}
+    assert len(set(asked)) == len(asked) == 2 * (1 + 3)
 
 
 def test_a_sync_is_measured_stage_by_stage(tmp_path):
@@ -179,6 +304,7 @@ def test_both_engines_generate_and_what_does_not_run_is_kept_as_refused(tmp_path
     ours, stock = json.loads(out.read_text())["rows"]
     assert ours["over_bf16"] == stock["over_bf16"] == 1.0
     assert ours["over_stock"] == ours["tokens_s"] / stock["tokens_s"]
+    assert 0 < ours["tokens_s_min"] <= ours["tokens_s"] <= ours["tokens_s_max"]
     assert (
         rollout.main(["--tiny", "--formats", "w8a8_int8", "--backends", "qarl", *sizes]) == 0
     )  # on a CPU without experts

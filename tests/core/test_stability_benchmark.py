@@ -396,11 +396,35 @@ def test_a_figure_for_each_model_with_a_line_an_arm(tmp_path, monkeypatch):
     }
 
 
-def test_mistakes_are_named_before_anything_starts(tmp_path):
-    with pytest.raises(ConfigError, match="--arms: unknown .'bf17'.; choices: .*bf16-bf16-gspo"):
-        stability.main(["run", "--work", str(tmp_path), "--arms", "bf17"])
-    with pytest.raises(ConfigError, match="--models: no .*models/dense; python -m benchmarks.stability warm"):
-        stability.main(["--work", str(tmp_path), "--out", str(tmp_path / "out.json")])
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["run", "--arms", "bf17"], "ConfigError: --arms: unknown ['bf17']; choices: ['bf16-bf16-gspo', "),
+        (["--seeds", "0"], "ConfigError: --models: no {}/models/dense; python -m benchmarks.stability warm makes it"),
+    ],
+)
+def test_mistakes_are_named_in_a_line_before_anything_starts(tmp_path, capsys, words, said):
+    with pytest.raises(SystemExit) as ended:
+        stability.main([*words, "--work", str(tmp_path), "--out", str(tmp_path / "out.json")])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and line.startswith(said.format(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "run learner.optimizer.lr=1e-4 steps=3 --seeds 0 1 --jobs 2",
+        "run --seeds 0 1 learner.optimizer.lr=1e-4 --jobs 2 steps=3",
+        "--jobs=2 --seeds 0 1 learner.optimizer.lr=1e-4 steps=3",
+        "run --jobs 2 --seeds 0 1 -- learner.optimizer.lr=1e-4 steps=3",
+    ],
+)
+def test_overrides_may_stand_behind_any_option(monkeypatch, words):
+    seen: list[Any] = []
+    monkeypatch.setattr(stability, "_run", seen.append)
+    stability.main(words.split())
+    assert seen[0].overrides == ["learner.optimizer.lr=1e-4", "steps=3"]
+    assert (seen[0].seeds, seen[0].jobs) == ([0, 1], 2)
 
 
 def test_a_warm_start_ends_at_its_target_and_saves_a_model_that_serves(tmp_path, monkeypatch):

@@ -45,7 +45,7 @@ def test_the_bars_are_over_the_faster_bf16(tmp_path):
         ("bf16", "none", 110.0),
         ("bf16", "auto", 90.0),
     ):
-        row = {"group": "learner", "format": format, "backend": backend}
+        row = {"layer": "dense", "format": format, "backend": backend}
         report.add(row, partial(dict, ms=ms), *((bar,) if format != "bf16" else ()))
     learner.compare(report.rows[:4])
     int8 = report.rows[2]
