@@ -1,4 +1,4 @@
-# make quickstart   the environment, then one whole run of recipe `quickstart`
+# make quickstart   the environment, then one whole run: recipe `quickstart`, or `quickstart_gpu` where the engine is the GPU's
 # make test         the environment, then the fast tests        make test-slow   make test-gpu
 # make check        format, lint, types           make memcheck    a memory checker over the GPU kernels
 # make env EXTRA=gpu  chooses the engine by hand; by default `gpu` where nvidia-smi answers, else `cpu`
@@ -33,7 +33,7 @@ $(STAMP): pyproject.toml
 	touch $@
 
 quickstart: env
-	$(BIN)/python -m qarl.train recipe=quickstart
+	$(BIN)/python -m qarl.train recipe=quickstart$(if $(filter gpu,$(EXTRA)),_gpu)
 
 test: env
 	$(BIN)/python -m pytest -m "not slow and not gpu"
