@@ -26,4 +26,4 @@ class LearnerError(RuntimeError):
 
 
 class DivergenceError(RuntimeError):
-    """Training has left the region in which its numbers mean anything. The state before it was saved."""
+    """Training has left the region in which its numbers mean anything. The state it happened in is saved, where it can be."""

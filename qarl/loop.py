@@ -90,6 +90,8 @@ def train(
             try:
                 updates = learn(config, learner, samples, guard, step) if guard.trusts(step, row) else []
             except DivergenceError as error:
+                metrics.log(step, row)  # without what its updates would have told: it is the step that tells why
+                metrics.log_samples(step, samples, {p.id: p for p in asked})
                 raise _saved(error, config, run_dir, cluster, inputs, guard, step) from error
 
         row |= update_metrics(updates)
@@ -165,11 +167,19 @@ def _saved(
     guard: Guard,
     step: int,
 ) -> DivergenceError:
-    """The error, once the state it happened in is on disk, apart from the checkpoints that a resume looks at."""
-    folder = save(run_dir.path / "diverged", config, cluster, inputs, guard, step)
+    """The error, once the state it happened in is on disk, apart from the checkpoints that a resume looks at, and a report
+    that shows how it came to it."""
+    try:
+        report = str(write_report(run_dir.path))
+    except OSError as failed:  # a full disk is not why the run ends
+        report = f"could not be written ({failed})"
+    try:
+        state = f"is saved in {save(run_dir.path / 'diverged', config, cluster, inputs, guard, step)}"
+    except CheckpointError as failed:
+        state = f"could not be saved ({failed})"
     last = checkpoint.newest(run_dir.checkpoints)
     healthy = f"resume=auto continues from {last.folder}" if last else "there is no earlier checkpoint"
-    return DivergenceError(f"{error}\n  The state is saved in {folder}; {healthy}.")
+    return DivergenceError(f"{error}\n  Report: {report}\n  The state {state}; {healthy}.")
 
 
 def _accuracy(config: RunConfig, cluster: Cluster, rewarder: Rewarder, inputs: Inputs) -> float:

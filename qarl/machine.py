@@ -41,6 +41,7 @@ class Machine:
     memory: float
     """That this process may use: the machine's, or its container's."""
     free: float
+    """What is left of it; file cache counts as left, for the kernel gives it up."""
     shm: float | None
     """Size of /dev/shm; `None` where there is none."""
     disk: float
@@ -63,7 +64,7 @@ def look(out: Path) -> Machine:
         cores=os.cpu_count() or 1,
         usable=min(len(os.sched_getaffinity(0)), _container_cores() or float("inf")),
         memory=min(limit, memory.total) / GIB,
-        free=min(limit, memory.available) / GIB,
+        free=max(0, min(limit - _container_used(), memory.available)) / GIB,
         shm=shutil.disk_usage(shm).total / GIB if shm.is_dir() else None,
         disk=shutil.disk_usage(_nearest(out)).free / GIB,
         temporary=shutil.disk_usage(tempfile.gettempdir()).free / GIB,
@@ -111,6 +112,16 @@ def _container_memory() -> int | None:
         if told.isdigit():
             return int(told)
     return None
+
+
+def _container_used() -> int:
+    """Bytes of that limit that are taken, without file cache nobody reads any more; 0 where no group tells."""
+    for name, cache in (("memory.current", "inactive_file"), ("memory/memory.usage_in_bytes", "total_inactive_file")):
+        told = _read(CGROUP / name)
+        if told.isdigit():
+            counts = dict(line.split() for line in _read((CGROUP / name).with_name("memory.stat")).splitlines())
+            return int(told) - int(counts.get(cache, 0))
+    return 0
 
 
 def _container_cores() -> float | None:

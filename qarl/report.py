@@ -80,12 +80,12 @@ def headline(run: RunData) -> list[str]:
         most = f", {largest.max():.2g} at most" if len(largest) else ""
         sentences.append(f"{sides} and the learner differed by {mean.mean():.2g} nats a token on average{most}.")
     stages = run.stage_seconds()
-    seconds = run.summary.get("seconds") or run.finite("time/step_s").sum()
+    seconds = float(run.finite("time/step_s").sum())
     if seconds:
         most_of = max(stages, key=lambda name: stages[name], default="")
         share = stages[most_of] / sum(stages.values()) if most_of else 0.0
-        where = f"; the largest stage, {most_of}, had {share:.0%} of the steps' time" if most_of else ""
-        sentences.append(f"It took {duration(float(seconds))}{where}.")
+        where = f"; the largest stage, {most_of}, had {share:.0%} of that" if most_of else ""
+        sentences.append(f"Its steps took {duration(seconds)}{where}.")
     return sentences
 
 

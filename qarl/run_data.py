@@ -24,6 +24,7 @@ class RunData:
     config_text: str
     config: dict[str, Any]
     summary: dict[str, Any]
+    """Of these very steps; `{}` also where it is that of an earlier end, which the run has been continued from."""
     samples: list[dict[str, Any]]
     steps: np.ndarray
     """int [S], those logged."""
@@ -86,11 +87,12 @@ def load(run_dir: Path) -> RunData:
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{run_dir}: config.yaml or summary.json cannot be read: {error}") from error
     rows = jsonl.read(run_dir / "metrics.jsonl")
+    current = summary.get("steps") == max((row["step"] for row in rows), default=0)
     names = dict.fromkeys(name for row in rows for name in row if name in METRICS)
     return RunData(
         config_text=config_text,
         config=config if isinstance(config, dict) else {},
-        summary=summary,
+        summary=summary if current else {},
         samples=jsonl.read(run_dir / "samples.jsonl"),
         steps=np.array([row["step"] for row in rows], dtype=int),
         columns={name: np.array([float(row.get(name, math.nan)) for row in rows]) for name in names},

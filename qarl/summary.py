@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,9 +14,9 @@ from qarl.progress import duration
 from qarl.rundir import write_atomically
 
 
-def summarize(config: RunConfig, run_dir: Path, seconds: float) -> dict[str, object]:
-    """Computed from `metrics.jsonl` alone, so that a resumed run sums up all of its steps; `seconds` are those
-    of the last process alone, start-up included."""
+def summarize(config: RunConfig, run_dir: Path, seconds: float) -> dict[str, Any]:
+    """Computed from `metrics.jsonl`, so that a resumed run sums up all of its steps. `seconds` are those of this process
+    alone, start-up included."""
     rows = jsonl.read(run_dir / "metrics.jsonl")
     accuracy = [float(row["accuracy/heldout"]) for row in rows if "accuracy/heldout" in row]
     mismatch = [float(row["mismatch/mean_abs"]) for row in rows if "mismatch/mean_abs" in row]
@@ -23,7 +24,8 @@ def summarize(config: RunConfig, run_dir: Path, seconds: float) -> dict[str, obj
         "accuracy_start": accuracy[0] if accuracy else None,
         "accuracy_end": accuracy[-1] if accuracy else None,
         "mismatch_mean_abs": float(np.mean(mismatch)) if mismatch else None,
-        "seconds": round(seconds, 1),
+        "seconds": round(sum(float(row.get("time/step_s", 0)) for row in rows), 1),
+        "process_seconds": round(seconds, 1),
         "steps": max((row["step"] for row in rows), default=0),
         "engine": config.rollout.engine,
         "format": config.rollout.format,
@@ -45,5 +47,6 @@ def conclude(config: RunConfig, run_dir: Path, seconds: float) -> str:
         )
     if isinstance(mismatch, float):
         lines.append(f"sampler and learner ({config.learner.backend}) differ by {mismatch:.2e} nats a token")
-    lines.append(f"{summary['steps']} steps in {duration(seconds)}")
+    took = f"this process took {duration(seconds)}, start-up included"
+    lines.append(f"{summary['steps']} steps in {duration(summary['seconds'])}; {took}")
     return "\n".join(lines)

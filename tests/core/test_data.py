@@ -171,7 +171,11 @@ def test_fields_inside_of_fields_are_found_by_their_path(tmp_path, composed):
     assert read.message.startswith("What is 1 + 1?\n\nReason step by step")
     config = DatasetConfig(source=str(path))
     for prompt in ("prompt.2.content", "prompt.one.content", "prompt.1.text", "data_source.1.content"):
-        refused(replace(config, fields=FieldsConfig(prompt=prompt)), "data.train.fields.prompt: row 0", f"no field '{prompt}'")
+        refused(
+            replace(config, fields=FieldsConfig(prompt=prompt)),
+            "data.train.fields.prompt: row 0",
+            f"no field '{prompt}'",
+        )
 
 
 def test_a_field_whose_name_has_dots_is_itself(tmp_path):

@@ -125,6 +125,21 @@ def test_limits_of_a_container_are_read(monkeypatch, tmp_path, files, cores, mem
     assert machine._container_cores() == cores and machine._container_memory() == memory
 
 
+@pytest.mark.parametrize(
+    "names",
+    [("memory.max", "memory.current", ""), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_")],
+)
+def test_what_a_container_uses_is_not_free_but_for_its_file_cache(monkeypatch, tmp_path, names):
+    limit, used, of = names
+    for name, text in ((limit, 2**28), (used, 2**28 - 2**20), ("memory.stat", f"anon 7\n{of}inactive_file {2**21}")):
+        file = (tmp_path / limit).with_name(name) if name == "memory.stat" else tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(f"{text}\n")
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    here = machine.look(tmp_path)
+    assert here.memory == 0.25 and here.free == 3 * 2**20 / 2**30
+
+
 def test_gpus_are_those_that_nvidia_smi_lists(monkeypatch):
     answers = "NVIDIA H200, 143771 MiB, 570.1\nNVIDIA H200, 143771 MiB, 570.1"
     monkeypatch.setattr(machine, "output", lambda *command: answers)

@@ -1,5 +1,8 @@
 """What a run that fails at its start leaves as it was."""
 
+import ast
+import inspect
+import re
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -8,6 +11,7 @@ import pytest
 from qarl import checkpoint, loop
 from qarl.errors import CheckpointError, ConfigError
 from qarl.guard import Guard
+from qarl.metrics import METRICS
 from qarl.rundir import open_run
 
 
@@ -29,7 +33,7 @@ def test_a_checkpoint_that_is_refused_leaves_the_rows_behind_it(config, monkeypa
     """Those of steps to be done again move aside only once the learner has taken the checkpoint."""
     run_dir = open_run(config("resume=auto"))
     state = {"step": 1, "contract_hash": "aaaa", "prompts": {}, "guard": Guard(config().guard, print).state()}
-    checkpoint.save(run_dir.checkpoints, state, lambda folder: None, 2)
+    checkpoint.save(run_dir.checkpoints, state, lambda folder: (folder / "policy").touch(), 2)
     rows = '{"step": 0}\n{"step": 1}\n'
     (run_dir.path / "metrics.jsonl").write_text(rows)
     standing = SimpleNamespace(contract_hash="bbbb", coverage="all", arithmetic="products emulated")
@@ -39,3 +43,30 @@ def test_a_checkpoint_that_is_refused_leaves_the_rows_behind_it(config, monkeypa
     with pytest.raises(CheckpointError, match="made under contract aaaa, this run's is bbbb"):
         loop.run(config("resume=auto"))
     assert (run_dir.path / "metrics.jsonl").read_text() == rows
+
+
+WORK = {
+    "advantages": {"to_samples"},
+    "error tokens": {"to_samples"},
+    "metrics of the samples": {"sample_metrics"},
+    "packing": {"score", "learn"},
+}
+"""What a description names -> the functions that do it."""
+
+
+@pytest.mark.parametrize("work", WORK)
+def test_a_stage_is_described_by_the_work_that_it_times(work):
+    timed = {stage for stage, calls in stages() if WORK[work] & calls}
+    described = {name for name, metric in METRICS.items() if name.startswith("time/") and work in metric.meaning}
+    assert timed and described == {f"time/{stage}_s" for stage in timed}
+
+
+def stages():
+    """Each `with watch(STAGE)` of the algorithm, and the functions that are called in it."""
+    for block in ast.walk(ast.parse(inspect.getsource(loop.train))):
+        if not isinstance(block, ast.With):
+            continue
+        stage = re.fullmatch(r"watch\('(\w+)'\)", ast.unparse(block.items[0].context_expr))
+        calls = [node.func for node in ast.walk(block) if isinstance(node, ast.Call)]
+        if stage:
+            yield stage[1], {function.id for function in calls if isinstance(function, ast.Name)}

@@ -38,8 +38,9 @@ def test_what_the_mathematics_reports_is_documented():
     import torch
 
     empty = torch.empty(0)
-    reported = mismatch_statistics(empty, empty, empty.long(), 0) | finalize(dict.fromkeys(SUMS, 0.0))
-    assert set(reported) <= set(METRICS)
+    sums = {name: 1.0 if name.startswith("error_") else 2.0 for name in SUMS}  # errors and the rest have units each
+    reported = mismatch_statistics(empty, empty, empty.long(), 0) | finalize(sums)
+    assert {"error_tokens/ratio", "error_tokens/rest_ratio"} <= set(reported) <= set(METRICS)
 
 
 def test_unknown_names_and_steps_out_of_order_are_refused(tmp_path: Path):

@@ -74,7 +74,7 @@ def make_run(run_dir: Path, steps: int, finished: bool = True, response: str = "
         summary = {
             "accuracy_start": 0.125,
             "accuracy_end": 0.617,
-            "seconds": 372.0,
+            "steps": steps,
             "engine": "vllm",
             "format": "w8a8_int8",
         }
@@ -97,7 +97,7 @@ def test_a_finished_run_is_told_in_three_sentences_tiles_and_charts(tmp_path: Pa
     (told,) = page.of("headline")
     assert told.startswith("Held-out accuracy rose from 12.5% to 61.7% in 60 steps.")
     assert "The w8a8_int8 sampler and the learner differed by 0.5 nats a token on average" in told
-    assert "It took 6 min 12 s" in told
+    assert "Its steps took 30 s; the largest stage, " in told
     assert headline(load(tmp_path / "r")) == [s + "." for s in told.rstrip(".").split(". ")]
     assert page.of("pill good")[0] == "finished"
     assert "61.7%" in page.of("value")
@@ -117,6 +117,16 @@ def test_a_finished_run_that_is_continued_to_more_steps_is_not_finished(tmp_path
         json.dumps(json.loads((run_dir / "summary.json").read_text()) | {"steps": 12})
     )
     assert page_of(run_dir).of("pill")[0] == "not finished: step 12 of 20"
+
+
+def test_a_summary_that_lies_behind_the_rows_is_not_told(tmp_path: Path):
+    """Continued from step 12 to 20, and not there yet."""
+    run_dir = make_run(tmp_path / "r", 12)
+    (run_dir / "metrics.jsonl").unlink()
+    make_run(run_dir, 18, finished=False)
+    run = load(run_dir)
+    assert not run.summary and run.accuracy == (0.25, 0.25 + 10 / 18 / 2)
+    assert page_of(run_dir).of("pill")[0].startswith("not finished: step 18")
 
 
 @pytest.mark.parametrize(("file", "text"), [("summary.json", "{"), ("config.yaml", "a: [1")])

@@ -3,6 +3,7 @@
 stale    the engine says it took every version, and serves the first
 scale    the engine's scales of one tensor are half as large again as was published
 router   the engine rounds its routers to four bits
+numbers  the engine's log-probs are not numbers
 timeout  the scorer hangs on responses with an odd number of digits
 none     nothing
 """
@@ -61,6 +62,23 @@ def break_engines(fault: Callable[[Tensors, int | None], Tensors]) -> None:
     actors._EngineActor = BrokenEngine  # type: ignore[misc]
 
 
+def break_logprobs() -> None:
+    """From now on engines say NaN of every token they write."""
+    from dataclasses import replace
+
+    from qarl import actors
+
+    class BrokenEngine(actors._EngineActor):
+        def start(self, arguments: dict[str, Any], rank: int, meeting: str) -> str:
+            contract = super().start(arguments, rank, meeting)
+            engine: Any = self._engine
+            generate = engine._generate
+            engine._generate = lambda *asked: [replace(c, logprobs=c.logprobs * float("nan")) for c in generate(*asked)]
+            return contract
+
+    actors._EngineActor = BrokenEngine  # type: ignore[misc]
+
+
 def break_rewards() -> None:
     from functools import partial
 
@@ -76,6 +94,8 @@ def main() -> None:
     fault = sys.argv.pop(1)
     if fault in WEIGHTS:
         break_engines(WEIGHTS[fault])
+    elif fault == "numbers":
+        break_logprobs()
     elif fault == "timeout":
         break_rewards()
     launch(train, "train")

@@ -16,7 +16,8 @@ from qarl.guard import WATCHES
 
 SCRIPT = str(Path(__file__).with_name("broken_run.py"))
 UNPROVED = ("sync.tiles=0", "sync.canaries=0")
-LIMITS = ("guard.correct.mismatch=0.002", "guard.correct.kl=0.1", "guard.correct.timeouts=0.2")
+LIMITS = ("guard.correct.mismatch=0.002", "guard.correct.timeouts=0.2")
+KL = ("guard.correct.kl=0.1", "algorithm.mini_batches=4")
 STOPS = (
     "guard.stop.mismatch=0.002",
     "guard.stop.kl=0.1",
@@ -50,15 +51,16 @@ def assert_said(done: Any, limit: str, start: str) -> None:
 
 
 def assert_stopped(done: Any, folder: Path, step: int) -> None:
-    """With a non-zero exit, and the state it happened in on the disk."""
+    """With a non-zero exit, and the state it happened in and a report on the disk."""
     saved = folder / "diverged" / f"step-{step:06d}"
     assert done.returncode == 1 and done.stderr.count("DivergenceError") == 1
     assert f"The state is saved in {saved}" in done.stderr and checkpoint.find_damage(saved) is None
+    assert f"Report: {folder / 'report.html'}" in done.stderr and "</html>" in (folder / "report.html").read_text()
 
 
 @pytest.mark.parametrize("model", [(), EXPERTS], ids=["dense", "experts"])
 def test_a_healthy_run_under_all_these_limits_is_left_alone(broken, model):
-    done, rows, folder = broken("none", f"healthy{len(model)}", *UNPROVED, *STOPS, *LIMITS, *model)
+    done, rows, folder = broken("none", f"healthy{len(model)}", *UNPROVED, *STOPS, *LIMITS, *KL, *model)
     assert done.returncode == 0 and "guard." not in done.stderr and not (folder / "diverged").exists()
     assert len(rows) > 3
     for row in rows[:-1]:
@@ -104,15 +106,22 @@ def test_a_quantized_router_is_refused_by_the_canaries_where_they_are_on(broken)
 
 def test_a_learning_rate_a_hundred_times_too_high_is_corrected_and_stops_the_run(broken):
     """The first update is harmless to measure, the second begins with what it did."""
-    done, rows, folder = broken(
-        "none", "lr", "learner.optimizer.lr=1e-2", "algorithm.mini_batches=4", *STOPS, *LIMITS, "guard.patience=1"
-    )
+    done, rows, folder = broken("none", "lr", "learner.optimizer.lr=1e-2", *STOPS, *LIMITS, *KL, "guard.patience=1")
     assert_stopped(done, folder, 1)
     assert_said(done, "kl", "step 0: objective/kl_step is ")
     assert_said(done, "kl", "DivergenceError: step 0: objective/kl_step was ")
     assert len(rows) == 1 and 1 <= rows[0]["guard/skipped_updates"] <= 2, (
         "the first update alone cannot be seen to go too far"
     )
+
+
+def test_log_probs_that_are_not_numbers_are_warned_of_and_stop_the_run(broken):
+    """No limit is given: what cannot be compared must not look like no mismatch at all."""
+    done, rows, folder = broken("numbers", "numbers", "guard.patience=2")
+    assert_stopped(done, folder, 2)
+    assert_said(done, "dropped", "step 0: mismatch/dropped_share is 1, guard.warn.dropped=0")
+    assert_said(done, "dropped", "DivergenceError: step 1: mismatch/dropped_share was 1, 1 in 2 steps in a row")
+    assert [row["mismatch/mean_abs"] for row in rows] == [0, 0]
 
 
 def test_rewards_that_time_out_are_left_out_and_not_counted_as_wrong(broken):

@@ -128,8 +128,23 @@ def test_a_diverged_state_is_saved_apart_and_the_last_healthy_checkpoint_named(c
     diverged = run_dir.path / "diverged" / "step-000003"
     assert checkpoint.find_damage(diverged) is None
     expected = f"resume=auto continues from {last}" if healthy else "there is no earlier checkpoint"
-    assert str(error) == f"grad_norm is nan.\n  The state is saved in {diverged}; {expected}."
+    assert str(error) == (
+        f"grad_norm is nan.\n  Report: {run_dir.path / 'report.html'}\n  The state is saved in {diverged}; {expected}."
+    )
     assert open_run(replace(config, steps=9)).first_step == (2 if healthy else 0), "a resume must not look at it"
+
+
+def test_a_disk_that_is_full_is_not_why_a_diverged_run_ends(config, monkeypatch):
+    run_dir = open_run(config)
+
+    def refuse(*_: Any) -> None:
+        raise CheckpointError("no space left")
+
+    monkeypatch.setattr(loop, "save", refuse)
+    (run_dir.path / "report.partial").mkdir()  # so that no report can be written either
+    error = loop._saved(DivergenceError("grad_norm is nan."), config, run_dir, cluster(), inputs(), guard(), 3)
+    assert str(error).startswith("grad_norm is nan.\n") and "could not be saved (no space left)" in str(error)
+    assert "Report: could not be written (" in str(error)
 
 
 def test_a_stopped_run_may_continue_with_other_limits(small, tmp_path):
