@@ -1,7 +1,8 @@
-"""A learner's whole step against bf16's: `python -m benchmarks.learner [--only dense experts] [--tiny]`.
+"""A learner's whole step against bf16's: `python -m benchmarks.learner [--only dense experts one_expert_layer] [--tiny]`.
 
 Forward, backward and optimizer of `qarl.trainer.learner.Learner` on one device, on packed sequences; Qwen3-8B's and
-Qwen3-30B-A3B's shapes with random weights, cut to as many layers as fit with optimizer state. Every step quantizes its weights.
+Qwen3-30B-A3B's shapes with random weights, cut to as many layers as fit with optimizer state, the latter also to one. Every step
+quantizes its weights.
 There are two bf16: as transformers computes it (`learner.backend=none`), and aligned (`auto`), which takes the engine's ops between
 its products as low-bit learners do, so that only the format differs. Each runs first and again last; ratios to each are over
 the mean of these runs. The bars, "whole learner step, w4a16 / int8 <= 1.05x / <= 0.95x bf16", are of `ratio`: over the faster bf16.
@@ -70,6 +71,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
     },
 }
+MODELS["one_expert_layer"] = MODELS["experts"] | {"num_hidden_layers": 1}
+"""A second depth: what a layer takes, apart from embeddings and head. `benchmarks.whole_step` asks."""
 TINY = {"vocab_size": 256, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "head_dim": 32}
 TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 TINY_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
@@ -77,7 +80,7 @@ TINY_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_si
 
 def measure_model(report: Report, name: str, tiny: bool) -> None:
     """Rows of both bf16, of each format, of both bf16 again; each without and with gradient checkpointing."""
-    shape = MODELS[name] | (TINY if tiny else {}) | (TINY_EXPERTS if tiny and name == "experts" else {})
+    shape = MODELS[name] | (TINY if tiny else {}) | (TINY_EXPERTS if tiny and "num_experts" in MODELS[name] else {})
     sequences, length, steps = (2, 12, 1) if tiny else (8, 2048, 3)
     batch = make_batch(shape["vocab_size"], sequences, length)
     low_bit: Backend = "emulated" if tiny and device().type == "cpu" else "auto"
@@ -88,8 +91,9 @@ def measure_model(report: Report, name: str, tiny: bool) -> None:
         for i, (format, backend) in enumerate(runs):
             started = Lazy(partial(make_learner, folder, format, backend))
             for checkpointing in rows:
-                layer = f"{name}, {shape['num_hidden_layers']} layers{', checkpointing' if checkpointing else ''}"
-                row: Row = {"group": "learner", "layer": layer, "m": sequences * length}
+                layers = shape["num_hidden_layers"]
+                layer = f"{name}, {layers} layers{', checkpointing' if checkpointing else ''}"
+                row: Row = {"group": "learner", "layer": layer, "layers": layers, "m": sequences * length}
                 row |= {"format": format, "backend": backend}
                 row |= {"pass": "again"} if i >= len(runs) - len(bf16) else {}
                 bars = (BARS[format],) if name == "dense" and format in BARS else ()

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import faults, kernels, learner, record, refill, refill_engine, rollout, step_time, timing
+from benchmarks import faults, kernels, learner, record, refill, refill_engine, rollout, step_time, timing, whole_step
 from benchmarks.floors import ideal_ratio
 from benchmarks.jobs import run_job
 from benchmarks.rows import Bar, Report
@@ -365,3 +365,29 @@ def test_a_job_that_hangs_is_killed_with_what_it_started_and_keeps_what_it_wrote
             break
         time.sleep(0.1)
     assert refused
+
+
+def test_a_whole_step_is_put_together_from_its_parts():
+    """48 layers, on the line through one and three: 1000 + 47 x 500 ms for 100 tokens. The slower bf16 counts not."""
+    rollout: dict[str, Any] = {"layers": 48, "prompt_tokens": 10, "new_tokens": 40, "rows": []}
+    learner, refill = [], []
+    for format, factor in zip(whole_step.FORMATS, (1.0, 0.5, 0.8, 0.8), strict=True):
+        rollout["rows"] += [
+            {"format": format, "backend": b, "m": 32, "seconds": 900 * factor} for b in ("qarl", "stock")
+        ]
+        refill.append({"format": format, "median_s": factor})
+        for backend in ("none", "auto") if format == "bf16" else ("fused",):
+            for name, layers, ms in (("one_expert_layer", 1, 1000.0), ("experts", 3, 2000.0)):
+                ms *= factor * (3 if backend == "none" else 1)
+                stages = {f"{stage}_ms": ms for stage in ("score", "forward", "backward")}
+                row = {"format": format, "backend": backend, "layers": layers, "m": 100, "ms": ms, **stages}
+                learner.append(row | {"layer": f"{name}, {layers} layers, checkpointing"})
+                learner.append(row | {"layer": f"{name}, {layers} layers", "score_ms": 1e9})
+    rows = {row["format"]: row for row in whole_step.compose(rollout, learner, refill)}
+    assert rows["bf16"]["score_s"] == rows["bf16"]["backward_s"] == pytest.approx(24.5 / 100 * 32 * 50)
+    assert rows["bf16"]["step_s"] == pytest.approx(900 + 3 * 392 + 1) and rows["bf16"]["over_bf16"] == 1
+    assert rows["w4a16"]["over_bf16"] == pytest.approx(2) and rows["w8a8_fp8"]["over_bf16"] == pytest.approx(1.25)
+    with pytest.raises(KeyError, match="experts with checkpointing, w8a8_fp8"):
+        whole_step.compose(
+            rollout, [row for row in learner if (row["format"], row["layers"]) != ("w8a8_fp8", 3)], refill
+        )

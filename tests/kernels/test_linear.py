@@ -367,6 +367,31 @@ def test_experts_on_a_gpu_never_wait_for_the_device(name: str, backend: str) -> 
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("name", "backend"), ON_GPU)
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_new_version_is_written_over_the_old_one_where_that_lies(name: str, backend: str, shards: int) -> None:
+    """CUDA graphs of the canaries hold the addresses of codes and of what the products take."""
+    skip_where_refused(name, backend)
+    how = replace(arithmetic(name, backend, torch.bfloat16), shards=shards)
+    old, new = (torch.randn(4, 256, 512, device="cuda").bfloat16() for _ in range(2))
+    before = how.prepare(old)
+    held = [before.codes, *before.shares]
+    addresses = [values.data_ptr() for codes in held for values in codes.values()]
+    after, fresh = how.prepare(new, before), how.prepare(new)
+    assert [values.data_ptr() for codes in (after.codes, *after.shares) for values in codes.values()] == addresses
+    for codes, expected in zip(held, (fresh.codes, *fresh.shares), strict=True):
+        for part, values in codes.items():
+            assert torch.equal(values.view(torch.uint8), expected[part].view(torch.uint8)), part
+    x, offsets = torch.randn(40, 512, device="cuda").bfloat16(), torch.tensor([7, 7, 30, 40], device="cuda").int()
+    for ours, theirs in zip(
+        how.grouped_products(x, after.operand, offsets, None),
+        how.grouped_products(x, fresh.operand, offsets, None),
+        strict=True,
+    ):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.gpu
 def test_no_16_bit_copy_of_a_weight_is_kept_on_a_gpu() -> None:
     """Codes are half of bfloat16's bytes, or a quarter; nothing else may stay after `prepare`."""
     for name, backend in ON_GPU:

@@ -1,0 +1,97 @@
+"""What a whole step of Qwen3-30B-A3B comes to at each format, over bf16: `python -m benchmarks.whole_step`.
+
+No run of that size is behind it. It adds up what `benchmarks.rollout`, `benchmarks.learner` and `benchmarks.refill` measured on
+one GPU, as they stand in `results/`: a batch of rollouts sampled at all layers; as many tokens scored once and learnt from once,
+with gradient checkpointing, from the learner's times at one layer and at three, on a line to all layers; one sync with its proof.
+The optimizer and what GPUs of a sharded learner tell each other are left out: neither depends on the format. Written to
+`results/whole_step_<gpu>.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import record
+
+FORMATS = ("bf16", "w4a16", "w8a8_int8", "w8a8_fp8")
+"""What all three benchmarks measured."""
+STAGES = ("sample", "score", "forward", "backward")
+Rows = list[dict[str, Any]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="h200", help="of the result files")
+    device = parser.parse_args(argv).device
+    files = {name: record.RESULTS / f"{name}_{device}.json" for name in ("rollout", "learner", "refill")}
+    rollout, learner, refill = (json.loads(file.read_text()) for file in files.values())
+    rows = compose(rollout, learner["rows"], refill["rows"])
+    record.write(f"whole_step_{device}", rows, sources={file.name: _commit(file) for file in files.values()})
+    print(
+        record.table(
+            rows,
+            {
+                "format": "",
+                "m": "",
+                **dict.fromkeys((*(f"{s}_s" for s in STAGES), "sync_s"), ".2f"),
+                "step_s": ".2f",
+                "over_bf16": ".2f",
+            },
+        )
+    )
+    return 0
+
+
+def compose(rollout: dict[str, Any], learner: Rows, refill: Rows) -> Rows:
+    """A row for each format and number of sequences: seconds of each stage, and how many times faster than bf16 the step is.
+
+    bf16's learner is the faster of the two that were measured. Raises `KeyError` where a measurement is missing.
+    """
+    tokens = rollout["prompt_tokens"] + rollout["new_tokens"]
+    sampled = {(r["format"], r["m"]): r["seconds"] for r in rollout["rows"] if r["backend"] == "qarl"}
+    synced = {r["format"]: r["median_s"] for r in refill}
+    rows: Rows = []
+    for m in sorted({m for _, m in sampled}):
+        for format in FORMATS:
+            row = {"format": format, "m": m, "sample_s": sampled[format, m]}
+            row |= {f"{s}_s": ms / 1e3 * m * tokens for s, ms in per_token(learner, format, rollout["layers"]).items()}
+            row |= {"sync_s": synced[format]}
+            row["step_s"] = sum(value for key, value in row.items() if key.endswith("_s"))
+            rows.append(row)
+    steps = {row["m"]: row["step_s"] for row in rows if row["format"] == "bf16"}
+    return [row | {"over_bf16": steps[row["m"]] / row["step_s"]} for row in rows]
+
+
+def per_token(learner: Rows, format: str, layers: int) -> dict[str, float]:
+    """Milliseconds of score, forward and backward a token at `layers` layers, on the line through the two depths measured."""
+    backends = {r["backend"] for r in learner if r["format"] == format}
+    lines = []
+    for backend in backends:
+        few, many = (_row(learner, name, format, backend) for name in ("one_expert_layer", "experts"))
+        line = {}
+        for stage in STAGES[1:]:
+            slope = (many[f"{stage}_ms"] - few[f"{stage}_ms"]) / (many["layers"] - few["layers"])
+            line[stage] = (few[f"{stage}_ms"] + slope * (layers - few["layers"])) / few["m"]
+        lines.append(line)
+    return min(lines, key=lambda line: sum(line.values()))
+
+
+def _row(learner: Rows, name: str, format: str, backend: str) -> dict[str, Any]:
+    for row in learner:
+        wanted = row["layer"].startswith(f"{name},") and row["layer"].endswith("checkpointing")
+        if wanted and (row["format"], row["backend"]) == (format, backend) and "ms" in row:
+            return row
+    raise KeyError(f"learner: no row of {name} with checkpointing, {format}, {backend}")
+
+
+def _commit(file: Path) -> str:
+    return json.loads(file.read_text())["commit"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
