@@ -98,9 +98,10 @@ def _policies(arguments: argparse.Namespace) -> None:
 
 
 def _plot(arguments: argparse.Namespace) -> None:
-    from benchmarks.stability_figures import draw, table
+    from benchmarks.stability_figures import draw, table, until
 
     rows = json.loads(arguments.file.read_text())["rows"]
+    rows = until(rows, arguments.until) if arguments.until is not None else rows
     print(table(rows))
     print("written to", *draw(rows, arguments.file))
 
@@ -139,6 +140,7 @@ def parser() -> argparse.ArgumentParser:
         "overrides", nargs="*", help="of every arm that does not say otherwise, anywhere, e.g. algorithm.mini_batches=8"
     )
     every["plot"].add_argument("file", type=Path, nargs="?", default=OUT)
+    every["plot"].add_argument("--until", type=int, help="step at which to look at all runs, also those stopped later")
     return parser
 
 

@@ -82,6 +82,18 @@ def reached(row: dict[str, Any], accuracy: float) -> float | None:
     return None
 
 
+def until(rows: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:
+    """Every run as if it had ended with the accuracy of version `step`: what was stopped later has finished too."""
+
+    def cut(row: dict[str, Any]) -> dict[str, Any]:
+        steps = row["curves"]["step"]
+        n = sum(s <= step for s in steps)
+        curves = {name: values[:n] for name, values in row["curves"].items()}
+        return row | {"curves": curves, "steps": n and steps[n - 1]} | ({"status": "finished"} if step in steps else {})
+
+    return [cut(row) for row in rows]
+
+
 def conclude(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for each model and arm, over its finished seeds: means, and the accuracy's standard deviation over seeds.
 

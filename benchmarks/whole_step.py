@@ -13,7 +13,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from benchmarks import record
@@ -21,6 +20,8 @@ from benchmarks import record
 FORMATS = ("bf16", "w4a16", "w8a8_int8", "w8a8_fp8")
 """What all three benchmarks measured."""
 STAGES = ("sample", "score", "forward", "backward")
+SECONDS = [f"{stage}_s" for stage in (*STAGES, "sync", "step")]
+COLUMNS = {"format": "", "m": "", **dict.fromkeys(SECONDS, ".2f"), "over_bf16": ".2f"}
 Rows = list[dict[str, Any]]
 
 
@@ -29,21 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="h200", help="of the result files")
     device = parser.parse_args(argv).device
     files = {name: record.RESULTS / f"{name}_{device}.json" for name in ("rollout", "learner", "refill")}
-    rollout, learner, refill = (json.loads(file.read_text()) for file in files.values())
+    told = {name: json.loads(file.read_text()) for name, file in files.items()}
+    rollout, learner, refill = told.values()
     rows = compose(rollout, learner["rows"], refill["rows"])
-    record.write(f"whole_step_{device}", rows, sources={file.name: _commit(file) for file in files.values()})
-    print(
-        record.table(
-            rows,
-            {
-                "format": "",
-                "m": "",
-                **dict.fromkeys((*(f"{s}_s" for s in STAGES), "sync_s"), ".2f"),
-                "step_s": ".2f",
-                "over_bf16": ".2f",
-            },
-        )
-    )
+    machine = {key: learner[key] for key in ("hardware", "versions")}  # the measurements', not this one's
+    record.write(f"whole_step_{device}", rows, **machine, commits={name: commits(one) for name, one in told.items()})
+    print(record.table(rows, COLUMNS))
     return 0
 
 
@@ -68,29 +60,30 @@ def compose(rollout: dict[str, Any], learner: Rows, refill: Rows) -> Rows:
 
 
 def per_token(learner: Rows, format: str, layers: int) -> dict[str, float]:
-    """Milliseconds of score, forward and backward a token at `layers` layers, on the line through the two depths measured."""
-    backends = {r["backend"] for r in learner if r["format"] == format}
+    """Milliseconds of score, forward and backward a token at `layers` layers, on the line through the two depths measured. The
+    first two compute the same with checkpointing as without, and a row is a few steps: the least counts."""
     lines = []
-    for backend in backends:
-        few, many = (_row(learner, name, format, backend) for name in ("one_expert_layer", "experts"))
-        line = {}
-        for stage in STAGES[1:]:
-            slope = (many[f"{stage}_ms"] - few[f"{stage}_ms"]) / (many["layers"] - few["layers"])
-            line[stage] = (few[f"{stage}_ms"] + slope * (layers - few["layers"])) / few["m"]
-        lines.append(line)
+    for backend in {row["backend"] for row in learner if row["format"] == format}:
+        few, many = (_times(learner, name, format, backend) for name in ("one_expert_layer", "experts"))
+        slope = {stage: (many[stage] - few[stage]) / (many["layers"] - few["layers"]) for stage in STAGES[1:]}
+        lines.append({stage: few[stage] + slope[stage] * (layers - few["layers"]) for stage in slope})
     return min(lines, key=lambda line: sum(line.values()))
 
 
-def _row(learner: Rows, name: str, format: str, backend: str) -> dict[str, Any]:
-    for row in learner:
-        wanted = row["layer"].startswith(f"{name},") and row["layer"].endswith("checkpointing")
-        if wanted and (row["format"], row["backend"]) == (format, backend) and "ms" in row:
-            return row
-    raise KeyError(f"learner: no row of {name} with checkpointing, {format}, {backend}")
+def _times(learner: Rows, name: str, format: str, backend: str) -> dict[str, float]:
+    """Milliseconds a token, and `layers`."""
+    rows = [r for r in learner if r["layer"].startswith(f"{name},") and "ms" in r]
+    rows = [r for r in rows if (r["format"], r["backend"]) == (format, backend)]
+    saved = [r for r in rows if r["layer"].endswith("checkpointing")]
+    if not saved:
+        raise KeyError(f"learner: no row of {name} with checkpointing, {format}, {backend}")
+    alike = {stage: min(r[f"{stage}_ms"] / r["m"] for r in rows) for stage in ("score", "forward")}
+    return {**alike, "backward": min(r["backward_ms"] / r["m"] for r in saved), "layers": saved[0]["layers"]}
 
 
-def _commit(file: Path) -> str:
-    return json.loads(file.read_text())["commit"]
+def commits(result: dict[str, Any]) -> list[str]:
+    """What a result file was measured at: as a whole, or row by row."""
+    return sorted({result["commit"]} if "commit" in result else {row["commit"] for row in result["rows"]})
 
 
 if __name__ == "__main__":

@@ -379,14 +379,15 @@ def test_a_whole_step_is_put_together_from_its_parts():
         for backend in ("none", "auto") if format == "bf16" else ("fused",):
             for name, layers, ms in (("one_expert_layer", 1, 1000.0), ("experts", 3, 2000.0)):
                 ms *= factor * (3 if backend == "none" else 1)
-                stages = {f"{stage}_ms": ms for stage in ("score", "forward", "backward")}
-                row = {"format": format, "backend": backend, "layers": layers, "m": 100, "ms": ms, **stages}
-                learner.append(row | {"layer": f"{name}, {layers} layers, checkpointing"})
-                learner.append(row | {"layer": f"{name}, {layers} layers", "score_ms": 1e9})
+                one = {"format": format, "backend": backend, "layers": layers, "m": 100, "ms": ms}
+                saved = {"layer": f"{name}, {layers} layers, checkpointing", "score_ms": ms, "forward_ms": 1e9}
+                kept = {"layer": f"{name}, {layers} layers", "score_ms": 1e9, "forward_ms": ms}
+                learner += [one | saved | {"backward_ms": ms}, one | kept | {"backward_ms": ms / 9}]
     rows = {row["format"]: row for row in whole_step.compose(rollout, learner, refill)}
     assert rows["bf16"]["score_s"] == rows["bf16"]["backward_s"] == pytest.approx(24.5 / 100 * 32 * 50)
     assert rows["bf16"]["step_s"] == pytest.approx(900 + 3 * 392 + 1) and rows["bf16"]["over_bf16"] == 1
     assert rows["w4a16"]["over_bf16"] == pytest.approx(2) and rows["w8a8_fp8"]["over_bf16"] == pytest.approx(1.25)
+    assert rows["bf16"]["forward_s"] == rows["bf16"]["score_s"]
     with pytest.raises(KeyError, match="experts with checkpointing, w8a8_fp8"):
         whole_step.compose(
             rollout, [row for row in learner if (row["format"], row["layers"]) != ("w8a8_fp8", 3)], refill

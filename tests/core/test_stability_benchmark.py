@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks import stability
 from benchmarks.stability_arms import ARMS, BASELINE, TABLE, Arm, Job, schedule
-from benchmarks.stability_figures import conclude, draw, reached, series, step_seconds
+from benchmarks.stability_figures import conclude, draw, reached, series, step_seconds, until
 from benchmarks.stability_models import worked
 from benchmarks.stability_runs import Command, Rows, run
 from qarl.build import to_mapping
@@ -374,6 +374,18 @@ def test_wall_clock_to_an_accuracy_counts_training_alone():
 def test_series_are_of_steps_that_all_rows_measured():
     steps, values = series(ROWS[:2], "accuracy/heldout")
     assert steps.tolist() == [0, 2, 4] and values.tolist() == [[0.3, 0.5, 0.8], [0.3, 0.4, 0.6]]
+
+
+def test_runs_are_looked_at_where_all_of_them_came():
+    stopped = ROWS[0] | {"status": "stopped"}
+    early, late, short = until([stopped], 2), until([stopped], 4), until([stopped], 9)
+    assert [(rows[0]["status"], rows[0]["steps"]) for rows in (early, late, short)] == [
+        ("finished", 2),
+        ("finished", 4),
+        ("stopped", 4),
+    ]
+    assert conclude(early)[0]["last"] == 0.5 and conclude(late)[0]["last"] == 0.8 and not conclude(short)
+    assert stopped["curves"] == ROWS[0]["curves"] and stopped["status"] == "stopped"
 
 
 def test_a_figure_for_each_model_with_a_line_an_arm(tmp_path, monkeypatch):
