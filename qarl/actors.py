@@ -79,7 +79,7 @@ class EngineActors:
     def __init__(self, config: RunConfig, index: int) -> None:
         n = config.rollout.tensor_parallel
         first = index * n + (config.learner.ranks if config.placement.mode == "split" else 0)
-        threads = max(1, (os.cpu_count() or 1) // n)
+        threads = _threads(n)
         self.ranks: list[Any] = [
             ray.remote(_EngineActor).options(**_resources(config, first + rank, threads)).remote() for rank in range(n)
         ]
@@ -149,7 +149,7 @@ def with_header(update: WeightUpdate) -> tuple[dict[str, Any], WeightUpdate]:
 
 
 def spawn_learner(config: RunConfig, rank: int) -> Any:
-    threads = config.learner.threads or max(1, (os.cpu_count() or 1) // config.learner.ranks)
+    threads = str(config.learner.threads or _threads(config.learner.ranks))
     return ray.remote(_LearnerActor).options(**_resources(config, rank, threads)).remote()
 
 
@@ -171,9 +171,14 @@ def get(references: Any) -> Any:
         raise
 
 
-def _resources(config: RunConfig, gpu: int, threads: int) -> dict[str, Any]:
+def _threads(ranks: int) -> str:
+    """OMP_NUM_THREADS of each of so many processes that compute at once: the shell's, else an equal share of the cores."""
+    return os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // ranks))
+
+
+def _resources(config: RunConfig, gpu: int, threads: str) -> dict[str, Any]:
     """Ray reserves no CPU: engine and learner take turns on all of them. Colocated, each holds half of a GPU."""
-    surroundings = {"OMP_NUM_THREADS": str(threads)}
+    surroundings = {"OMP_NUM_THREADS": threads}
     if not config.placement.gpus:
         surroundings["CUDA_VISIBLE_DEVICES"] = ""  # or torch would take one that is there
     resources: dict[str, Any] = {"num_cpus": 0, "runtime_env": {"env_vars": surroundings}}

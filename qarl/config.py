@@ -354,7 +354,7 @@ class LearnerConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward."""
     threads: int | None = None
-    """CPU threads of a rank; `None`: all cores over the ranks."""
+    """CPU threads of a rank; `None`: OMP_NUM_THREADS, or else all cores over the ranks."""
 
     def __post_init__(self) -> None:
         for name in ("ranks", "tokens", "logprob_chunk"):

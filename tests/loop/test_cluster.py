@@ -18,6 +18,7 @@ import ray
 import torch
 
 from qarl import wire
+from qarl.actors import EngineActors, spawn_learner
 from qarl.batching import pack_to_score
 from qarl.bridge import Bridge, OverLines, ThroughHost
 from qarl.cluster import LearnerGroup, Sampler, ray_session
@@ -230,3 +231,31 @@ def test_a_rank_that_dies_is_named_and_resume_advised(single, pair):
     os.kill(killed, signal.SIGKILL)
     with pytest.raises(LearnerError, match=r"learner rank 1 died(.|\n)*resume=auto continues"):
         learner.update(found["batch"])
+
+
+@pytest.mark.parametrize(
+    ("shell", "setting", "engine", "learner"), [(None, None, "8", "4"), ("3", None, "3", "3"), ("3", 1, "3", "1")]
+)
+def test_actors_take_the_threads_that_the_shell_says_or_else_share_the_cores(
+    config, monkeypatch, shell, setting, engine, learner
+):
+    asked = []
+
+    class Remote:
+        def __init__(self, kind: Any) -> None:
+            self.kind = kind
+
+        def options(self, **how: Any) -> Any:
+            asked.append(how["runtime_env"]["env_vars"]["OMP_NUM_THREADS"])
+            return self
+
+        def remote(self) -> None: ...
+
+    monkeypatch.setattr(ray, "remote", Remote)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if shell:
+        monkeypatch.setenv("OMP_NUM_THREADS", shell)
+    EngineActors(config, 0)
+    spawn_learner(replace(config, learner=replace(config.learner, ranks=2, threads=setting)), 0)
+    assert asked == [engine, learner]
