@@ -15,7 +15,19 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import faults, kernels, learner, record, refill, refill_engine, rollout, step_time, timing, whole_step
+from benchmarks import (
+    faults,
+    kernels,
+    learner,
+    record,
+    refill,
+    refill_engine,
+    rollout,
+    rollout_engines,
+    step_time,
+    timing,
+    whole_step,
+)
 from benchmarks.floors import ideal_ratio
 from benchmarks.jobs import run_job
 from benchmarks.rows import Bar, Report
@@ -290,7 +302,7 @@ def test_random_weights_are_of_the_size_of_trained_ones(parts, grid):
     for name, dtype in parts.items():
         values = torch.zeros(64, 1 if "scale" in name else 1024, dtype=dtype)
         layer.register_parameter(name, torch.nn.Parameter(values, requires_grad=False))
-    rollout.randomize(layer)
+    rollout_engines.randomize(layer)
     weight = layer.weight.float() * (layer.weight_scale if grid else 1)
     assert weight.std().item() == pytest.approx(1 / 32, rel=0.05) and abs(weight.mean().item()) < 1e-3
     assert grid is None or layer.weight.float().abs().max() <= grid
