@@ -4,7 +4,7 @@ No run of that size is behind it. It adds up what `benchmarks.rollout`, `benchma
 one GPU, as they stand in `results/`: a batch of rollouts sampled at all layers; as many tokens scored once and learnt from once,
 with gradient checkpointing, from the learner's times at one layer and at three, on a line to all layers; one sync with its proof.
 The optimizer and what GPUs of a sharded learner tell each other are left out: neither depends on the format. Written to
-`results/whole_step_<gpu>.json`.
+`results/whole_step_h200.json`.
 """
 
 from __future__ import annotations
@@ -26,15 +26,13 @@ Rows = list[dict[str, Any]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="h200", help="of the result files")
-    device = parser.parse_args(argv).device
-    files = {name: record.RESULTS / f"{name}_{device}.json" for name in ("rollout", "learner", "refill")}
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
+    files = {name: record.RESULTS / f"{name}_h200.json" for name in ("rollout", "learner", "refill")}
     told = {name: json.loads(file.read_text()) for name, file in files.items()}
     rollout, learner, refill = told.values()
     rows = compose(rollout, learner["rows"], refill["rows"])
     machine = {key: learner[key] for key in ("hardware", "versions")}  # the measurements', not this one's
-    record.write(f"whole_step_{device}", rows, **machine, commits={name: commits(one) for name, one in told.items()})
+    record.write("whole_step_h200", rows, **machine, commits={name: commits(one) for name, one in told.items()})
     print(record.table(rows, COLUMNS))
     return 0
 
