@@ -27,7 +27,7 @@ from benchmarks.refill_rig import Rig, make_folder, make_policy
 from benchmarks.timing import Ceilings, device_name
 from qarl import formats
 from qarl.formats import QuantFormat
-from qarl.transfer import SLOTS
+from qarl.transfer import SLOTS, Plan
 
 #: Seconds of a whole sync, by carrier and format.
 BARS = {
@@ -76,6 +76,8 @@ COLUMNS = {
     "bar_s": ".1f",
     "holds": "",
     "proof_s": ".3f",
+    "proof_share": ".2f",
+    "proof_share_floor": ".2f",
     "first_s": ".2f",
     "floor_s": ".3f",
     "quantize_s": ".3f",
@@ -98,10 +100,13 @@ def measure(
         rig = Rig(model, folder, format, arguments.carrier, sleeps=arguments.cycles > 0)
         plan = rig.publisher.plan
         row |= {"start_s": rig.start_s, "gb": plan.n_bytes / 1e9, "staging_mb": SLOTS * plan.capacity / 1e6}
-        row |= {"buckets": len(plan.buckets), "floor_s": floor_s(model, plan.n_bytes, ceilings)}
+        sync_floor, proof_floor = floors_s(model, plan, ceilings)
+        row |= {"buckets": len(plan.buckets), "floor_s": sync_floor, "proof_floor_s": proof_floor}
         row |= {"first_s": rig.sync()[1]["whole"], "routes": rig.ask("routes")}
         rig.sync()  # kernels compile
         row |= syncs(rig, arguments.syncs)
+        row["proof_share"] = row["proof_s"] / row["median_s"]
+        row["proof_share_floor"] = proof_floor / (sync_floor + proof_floor)
         bar = BARS[arguments.carrier].get(format.name)
         if bar and not arguments.tiny:
             row |= {"bar_s": bar, "holds": "yes" if row["median_s"] < bar else "NO"}
@@ -168,9 +173,14 @@ def peer(limit: float, rig: Rig) -> float | None:
     return rig.answer() if rig.pipe.poll(limit) else None
 
 
-def floor_s(model: Any, n_bytes: int, ceilings: Ceilings) -> float:
-    """Weights read once and what is published written once, at the speed of a copy."""
-    return (sum(parameter.nbytes for parameter in model.parameters()) + n_bytes) / ceilings.copy_bytes_s
+def floors_s(model: Any, plan: Plan, ceilings: Ceilings) -> tuple[float, float]:
+    """At the speed of a copy, on one GPU. A sync: weights read once, what is published written once. Its proof: what is published
+    read once by the engine's checksums (the learner's could be taken as codes are written), and by the canaries of either side,
+    which go to nearly all experts and leave out the embedding."""
+    masters = sum(parameter.nbytes for parameter in model.parameters())
+    embedding = model.get_input_embeddings().weight.nbytes
+    read = plan.n_bytes + 2 * (plan.n_bytes - embedding)
+    return (masters + plan.n_bytes) / ceilings.copy_bytes_s, read / ceilings.copy_bytes_s
 
 
 if __name__ == "__main__":

@@ -70,8 +70,8 @@ class Served:
         for method in ("_prove", "_read_back"):
             vars(self.engine).pop(method, None)
         if not wanted:
-            self.engine._prove = lambda arrived, served, manifest: 0.0
-            self.engine._read_back = lambda: {}
+            self.engine._prove = lambda *_: 0.0
+            self.engine._read_back = lambda _: None
 
     def sleep(self) -> tuple[float, int]:
         """Seconds, and the bytes then used on the GPU by all processes, as the driver says: torch still counts as reserved what

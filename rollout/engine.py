@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import AutoConfig
 
 from qarl import carriers, formats
@@ -97,17 +98,17 @@ class Engine(ABC):
         """Whether `_read_back` knows the tensor, now that it was loaded."""
         return False
 
-    def _read_back(self) -> Tensors:
-        """Pending checksums of what is served now, as it was published, of all tensors whose layout here can be read."""
-        return {}
+    def _read_back(self, tensors: Specs) -> Tensor:
+        """int64 [parts]: pending checksums of what is served now, as it was published, of tensors that can be read back."""
+        return torch.empty(0, dtype=torch.int64)
 
     @abstractmethod
     def _loaded(self) -> None:
         """All tensors of a version were loaded: forget every cache of the old ones."""
 
     @abstractmethod
-    def _served_columns(self, tensor: str, columns: np.ndarray) -> np.ndarray:
-        """float32 [..., N, C]: the columns of a covered weight as its live layer multiplies by them."""
+    def _served_columns(self, tensor: str, columns: np.ndarray) -> Tensor:
+        """float32 [..., N, C]: the columns of a covered weight as its live layer multiplies by them, where it computes."""
 
     @abstractmethod
     def contract_hash(self) -> str:
@@ -198,13 +199,12 @@ class Engine(ABC):
                 with stages("wake"):
                     self._wake_weights()
                 arrived = self._load_all(delivery, same, stages)
-                manifest = delivery.manifest()
             except BaseException:
                 delivery.abandon()
                 raise
         with stages("verify"):
-            # The device sums while canaries are scored.
-            served = {name: parts for name, parts in self._read_back().items() if name in same}
+            served = {name: expected[name] for name in expected if name in same and self._can_read_back(name)}
+            sums = self._read_back(served)  # the device sums while canaries are scored
         with stages("wake"):
             self._wake_caches()
         with self.ranks.together():
@@ -212,8 +212,9 @@ class Engine(ABC):
                 with stages("canary"):
                     scores = self._score_canaries(canaries) if canaries else []
             finally:  # weights that cannot even be scored are named, if they are not those that were published
+                manifest = self._manifest(delivery, stages)
                 with stages("verify"):
-                    error = self._prove(arrived, served, manifest)
+                    error = self._prove(arrived, served, sums, manifest)
         error = max(self.ranks.gather(error))
         self.version, self._refusal = delivery.version, None
         return RefillReport(delivery.version, contract, stages.seconds, error, scores)
@@ -222,15 +223,24 @@ class Engine(ABC):
         """float32 [L - 1] of each: the same sequences at every sync."""
         return self._score(canaries, [1] * len(canaries))
 
-    def _prove(self, arrived: Tensors, served: Tensors, manifest: Manifest) -> float:
-        """The worst tile, once every checksum is the published one."""
-        held = [one.to(self.device) for parts in (arrived | served).values() for one in parts.values()]
-        sums = torch.stack(held)
-        proof.check_sums(manifest.checksums, named_sums(arrived | served, sums), served)
+    def _manifest(self, delivery: Delivery, stages: Stages) -> Manifest:
+        """Asked for last: the learner sums and takes its tiles while the engine scores."""
+        try:
+            with stages("wait"):
+                return delivery.manifest()
+        except BaseException:
+            delivery.abandon()
+            raise
+
+    def _prove(self, arrived: Tensors, served: Specs, sums: Tensor, manifest: Manifest) -> float:
+        """The worst tile, once every checksum is the published one. `sums`: of all parts of `served`, in its order."""
+        pending_sums = [one.to(self.device).view(1) for parts in arrived.values() for one in parts.values()]
+        held = named_sums({**arrived, **served}, torch.cat([*pending_sums, sums.to(self.device)]))
+        proof.check_sums(manifest.checksums, held, served)
         return proof.worst_tile(manifest.tiles, self._served_columns, self.tile_tolerance)
 
     def _load_all(self, delivery: Delivery, same: set[str], stages: Stages) -> Tensors:
-        """Pending checksums of parts as they arrived; of those in `same` that will be read back instead, of none."""
+        """Pending checksums of parts as they arrived, but of those in `same` that can be read back instead."""
         arrived: Tensors = {}
         with closing(delivery.buckets()) as buckets:
             while True:

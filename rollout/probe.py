@@ -15,7 +15,7 @@ from qarl.rollout.slots import Slot
 
 
 @torch.inference_mode()  # as vLLM runs its layers: experts write into a workspace that was made so
-def served_columns(slots: Mapping[str, Slot], name: str, columns: np.ndarray) -> np.ndarray:
+def served_columns(slots: Mapping[str, Slot], name: str, columns: np.ndarray) -> Tensor:
     """float32 [..., N, C]: the columns of a quantized weight, by sending one-hot inputs through the live layer.
 
     A one-hot row quantizes without error (one code at the largest value), and whatever layout the kernel made of the
@@ -32,7 +32,7 @@ def served_columns(slots: Mapping[str, Slot], name: str, columns: np.ndarray) ->
         served = module.quant_method.apply(module, one_hot, None)
     else:
         served = _experts_apply(module, slot, one_hot)
-    return -served.mT.float().cpu().numpy()
+    return -served.mT.float()
 
 
 def _experts_apply(module: Any, slot: Slot, one_hot: Tensor) -> Tensor:

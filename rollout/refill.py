@@ -43,8 +43,8 @@ class Refill:
         self.homes: dict[str, dict[str, Home]] = {}
         """Fused name -> part -> home, of tensors that are written in place."""
         self.specs = expected(self.slots)
-        self._sums: tuple[int, Recording[Tensors]] | None = None
-        """Of so many homes: what sums their bytes, and where the sums come to lie."""
+        self._sums: tuple[tuple[str, ...], Recording[Tensor]] | None = None
+        """Names, and what sums the bytes of their parts."""
         self._foreign: set[nn.Module] = set()
         self._members: dict[nn.Module, list[Slot]] = {}
         for slot in self.slots.values():
@@ -72,29 +72,22 @@ class Refill:
                 )
 
     @torch.no_grad()
-    def read_back(self) -> Tensors:
-        """Pending checksums of all tensors with a home, as they are served: of a few launches a tensor one graph is made."""
-        if not self.homes:
-            return {}
-        if self._sums is None or self._sums[0] != len(self.homes):
-            self._sums = len(self.homes), Recording(self._summing())
+    def read_back(self, names: tuple[str, ...]) -> Tensor:
+        """int64 [parts]: pending checksums of these tensors' parts as they are served. Each has a home. Of a few launches a tensor
+        one graph is made; its next replay writes the same numbers."""
+        if not names:
+            return torch.empty(0, dtype=torch.int64)
+        if self._sums is None or self._sums[0] != names:
+            self._sums = names, Recording(self._summing(names))
         return self._sums[1].replay()
 
-    def _summing(self) -> Callable[[], Tensors]:
-        plain = {
-            (n, p): home.live for n, parts in self.homes.items() for p, home in parts.items() if isinstance(home, Plain)
-        }
-        fixed = Fixed(list(plain.values()))
+    def _summing(self, names: tuple[str, ...]) -> Callable[[], Tensor]:
+        parts = [home for name in names for home in self.homes[name].values()]
+        fixed = Fixed([home.live for home in parts if isinstance(home, Plain)])
 
-        def sums() -> Tensors:
-            of_plain = dict(zip(plain, fixed.pending().unbind(), strict=True))
-            return {
-                name: {
-                    part: of_plain[name, part] if isinstance(home, Plain) else home.pending()
-                    for part, home in parts.items()
-                }
-                for name, parts in self.homes.items()
-            }
+        def sums() -> Tensor:
+            of_plain = iter(fixed.pending().unbind())
+            return torch.stack([next(of_plain) if isinstance(home, Plain) else home.pending() for home in parts])
 
         return sums
 

@@ -58,9 +58,9 @@ def _batch(inputs: dict[str, Any]) -> Key:
 
     context: Any = get_forward_context()  # whose parts could be lists, of micro-batches
     described = {id(one): vars(one) for one in context.attn_metadata.values()}  # layers share one
-    mappings = {f"slots {layer}": slots for layer, slots in (context.slot_mapping or {}).items()}
+    mappings = {id(slots): {"slots": slots} for slots in (context.slot_mapping or {}).values()}
     return tuple(
         (name, (value.data_ptr(), tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value)
-        for one in (inputs, *described.values(), mappings)
+        for one in (inputs, *described.values(), *mappings.values())
         for name, value in one.items()
     )

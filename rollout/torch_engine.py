@@ -55,8 +55,8 @@ class TorchEngine(Engine):
 
     def _wake_caches(self) -> None: ...
 
-    def _served_columns(self, tensor: str, columns: np.ndarray) -> np.ndarray:
-        return self._skeleton.served_columns(tensor, torch.from_numpy(columns)).numpy()
+    def _served_columns(self, tensor: str, columns: np.ndarray) -> Tensor:
+        return self._skeleton.served_columns(tensor, torch.from_numpy(columns))
 
     def _generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> list[Completion]:
         rows = [

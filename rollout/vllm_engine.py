@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from qarl.config import RolloutConfig
 from qarl.errors import EngineError
@@ -132,8 +133,8 @@ class VllmEngine(Engine):
     def _can_read_back(self, tensor: str) -> bool:
         return tensor in self._refill.homes
 
-    def _read_back(self) -> Tensors:
-        return self._refill.read_back()
+    def _read_back(self, tensors: Specs) -> Tensor:
+        return self._refill.read_back(tuple(tensors))
 
     def _loaded(self) -> None:
         from vllm.config import set_current_vllm_config
@@ -164,7 +165,7 @@ class VllmEngine(Engine):
         if self._core.is_sleeping():
             self._core.wake_up(["kv_cache"])
 
-    def _served_columns(self, tensor: str, columns: np.ndarray) -> np.ndarray:
+    def _served_columns(self, tensor: str, columns: np.ndarray) -> Tensor:
         from qarl.rollout import probe
 
         return probe.served_columns(self._refill.slots, tensor, columns)

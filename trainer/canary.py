@@ -7,7 +7,7 @@ A forward that waits for the host is run kernel by kernel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,8 +28,8 @@ class Canary:
 
     def __init__(self, policy: Policy, aligned: AlignedModel, device: torch.device) -> None:
         self._policy, self._aligned, self._device = policy, aligned, device
-        weights = dict(policy.model.named_parameters())
-        self._covered = {name: weights[name] for name in aligned.covered}
+        self._weights = dict(policy.model.named_parameters())
+        self._covered = {name: self._weights[name] for name in aligned.covered}
         self._recorded = device.type == "cuda" and not aligned.waits_for_host
         self._aside: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._captured: tuple[list[bytes], list[int], Recording[list[Tensor]]] | None = None
@@ -82,20 +82,23 @@ class Canary:
         self._captured = asked, self._addresses(), recording
 
     def _addresses(self) -> list[int]:
-        kept = [one for prepared in self._aligned.prepared() for one in _tensors(vars(prepared))]
-        return [tensor.data_ptr() for tensor in (*self._policy.parameters(), *kept)]
+        """Of what the kernels read. Looked at in every sync, before the device has anything to do."""
+        read: list[Tensor] = list(self._weights.values())
+        for prepared in self._aligned.prepared():
+            _add_tensors(prepared.operand, read)
+        return [tensor.data_ptr() for tensor in read]
 
 
 def _as_numpy(found: Iterable[Tensor], batches: Sequence[MicroBatch]) -> list[np.ndarray]:
     return [v.float().cpu().numpy()[: b.n_response_tokens] for v, b in zip(found, batches, strict=True)]
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _add_tensors(value: Any, to: list[Tensor]) -> None:
     """Every tensor in what a backend's `prepare` made."""
     if isinstance(value, Tensor):
-        yield value
+        to.append(value)
     elif isinstance(value, dict | list | tuple):
         for inner in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(inner)
+            _add_tensors(inner, to)
     elif hasattr(value, "__dict__"):
-        yield from _tensors(vars(value))
+        _add_tensors(vars(value), to)

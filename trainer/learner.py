@@ -164,9 +164,10 @@ class Learner:
         """
         gathered, outlet, seconds = self._gathered(), self._outlet, dict[str, float]()
         try:
+            if outlet:  # engines look at the contract while codes are made
+                outlet.begin(version, self.format.name, self.contract_hash())
             scores = None if self.config.zero == 3 else self._canary.start(canaries)
             if outlet:
-                outlet.begin(version, self.format.name, self.contract_hash())
                 manifest, seconds = publish(
                     gathered, self.shapes, self.format, version, n_tiles, outlet, self._kept_codes
                 )
