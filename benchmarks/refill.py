@@ -124,14 +124,16 @@ def measure(
 
 
 def syncs(rig: Rig, n: int) -> dict[str, Any]:
-    """n syncs, three more by stage, n without their proof; the memory before and after."""
+    """n syncs and n without their proof, in turn, so that a machine that slows down slows both; three more by stage; the memory
+    before and after."""
     before = rig.ask("memory")
-    pairs = [rig.sync() for _ in range(n)]
-    runs = [seconds for _, seconds in pairs]
+    runs, bare = [], []
+    for _ in range(n):
+        runs.append(rig.sync()[1])
+        rig.ask("prove", False)
+        bare.append(rig.sync(proved=False)[1]["whole"])
+        rig.ask("prove", True)
     settled = [rig.sync(settle=True)[1] for _ in range(3)]
-    rig.ask("prove", False)
-    bare = [rig.sync(proved=False)[1]["whole"] for _ in range(n)]
-    rig.ask("prove", True)
     last, _ = rig.sync()
     whole = [run["whole"] for run in runs]
     median = statistics.median(whole)
@@ -143,6 +145,7 @@ def syncs(rig: Rig, n: int) -> dict[str, Any]:
         "proof_s": median - statistics.median(bare),
         **{f"{'canaries' if stage == 'canary' else stage}_s": taken for stage, taken in stages.items()},
         "runs": runs,
+        "bare": bare,
         "settled": settled,
         "memory": before,
         "memory_after": rig.ask("memory"),

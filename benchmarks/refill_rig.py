@@ -34,7 +34,7 @@ CANARIES, CANARY_TOKENS = 4, 16
 
 
 class Unsummed:
-    """In the place of a `checksum.Fixed`: what a sync would take without checksums."""
+    """In the place of a `checksum.Fixed`: what a sync would take without checksums. Made before a sync is timed: it sums once."""
 
     def __init__(self, table: Any) -> None:
         self.zeros = torch.zeros_like(table.pending())
@@ -61,7 +61,12 @@ class Publisher:
         self.canaries = [rng.integers(6, 500, CANARY_TOKENS).astype(np.int32) for _ in range(CANARIES)]
         batch, self.order = pack_to_score(self.canaries, 1, 4096)
         self.batch = batch.ranks[0]
-        self.tables: list[Any] = []
+        self._sums: dict[bool, list[Any]] = {}
+        """Proved -> what sums each bucket."""
+
+    def hold(self, outlet: Any) -> None:
+        """Publish through this line from now on."""
+        self._sums = {True: outlet._fixed, False: [Unsummed(table) for table in outlet._fixed]}
 
     def update(self) -> None:
         """Other weights, as after an optimizer step."""
@@ -76,8 +81,7 @@ class Publisher:
 
     def publish(self, outlet: Any, proved: bool = True) -> dict[str, float]:
         """Seconds by stage; what engines are to score lies in `scores` then. Not `proved`: no checksums, tiles or canaries."""
-        self.tables = self.tables or outlet._fixed
-        outlet._fixed = self.tables if proved else [Unsummed(table) for table in self.tables]
+        outlet._fixed = self._sums[proved]
         contract = self.format.contract_hash(covered_shapes(self.shapes, self.format))
         stages, scores = Stages(), None
         outlet.begin(self.version, self.format.name, contract)
@@ -143,8 +147,8 @@ class Rig:
         if self.outlet:
             self.outlet.close()
         self.pipe.send(("connect", self.door.address))
-        self.publisher.tables = []
         self.outlet = carriers.answer(self.door, self.carrier, 1, self.publisher.plan, device())
+        self.publisher.hold(self.outlet)
         self.answer()
 
     def ask(self, *question: Any) -> Any:
