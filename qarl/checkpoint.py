@@ -37,11 +37,11 @@ class Checkpoint:
         return int(self.state["step"])
 
 
-def save(root: Path, state: Mapping[str, Any], write: Callable[[Path], None], keep: int) -> Path:
+def save(root: Path, state: Mapping[str, Any], write: Callable[[Path], None], keep: int | None = None) -> Path:
     """Make `root/step-N` for N = `state["step"]`, with what `write` puts into the folder it is given.
 
-    Then all but the newest `keep` are dropped, and folders of later steps: they were passed over as damaged, and
-    this run does those steps again.
+    Then all but the newest `keep`, where that is given, are dropped, and folders of later steps: they were passed over as
+    damaged, and this run does those steps again. What cannot be dropped, as someone reads it, is left to a later call.
 
     A reader sees all of it or nothing. Raises `CheckpointError` where the disk refuses (full, read-only); the draft is removed
     and older checkpoints stay.
@@ -67,9 +67,11 @@ def save(root: Path, state: Mapping[str, Any], write: Callable[[Path], None], ke
             f"checkpoint {final} could not be written: {error}. Earlier checkpoints are untouched; free some space, then "
             "continue with resume=auto"
         ) from error
+    if keep is None:
+        return final
     superseded = [folder for folder in _folders(root) if folder.name > final.name]
     for old in superseded + _folders(root)[len(superseded) + keep :]:
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
     return final
 
 

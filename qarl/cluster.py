@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from qarl import formats
-from qarl.actors import EngineActors, answers, first_death, get, reserve, spawn_learner, with_header
+from qarl.actors import GRACE_S, EngineActors, answers, first_death, get, reserve, spawn_learner, with_header
 from qarl.batching import pack_to_score
 from qarl.bridge import Bridge, OverLines, ThroughHost
 from qarl.config import LearnerConfig, RunConfig
@@ -109,9 +109,12 @@ class LearnerGroup:
         answering = [r.call.remote("answer", carrier, len(share)) for r, share in zip(ranks, shares, strict=True)]
         found = answers(engines, asked, LineLost, OSError, EOFError)
         dead = any(isinstance(answer, RayActorError) for answer in found)
-        for answer in found:
-            if answer is not None and not dead:
-                raise answer
+        lost = [answer for answer in found if answer is not None]
+        if lost and not dead:  # perhaps for want of a learner, whose error is the one to name
+            done, _ = ray.wait(answering, num_returns=len(answering), timeout=GRACE_S)
+            with suppress(PeerLost, TimeoutError):
+                self._all(done)
+            raise lost[0]
         try:
             self._all(answering)
         except (PeerLost, TimeoutError):  # of an engine that died

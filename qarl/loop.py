@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from qarl import checkpoint
@@ -19,7 +20,7 @@ from qarl.guard import Guard
 from qarl.measure import Stopwatch, reward_metrics, sample_metrics, update_metrics
 from qarl.metrics import Metrics
 from qarl.prepare import Inputs, prepare, say
-from qarl.records import Sample, Sampling, UpdateStats
+from qarl.records import Prompt, Sample, Sampling, UpdateStats
 from qarl.report import write_report
 from qarl.rewards import Rewarder
 from qarl.rundir import RunDir, check_resume, open_run
@@ -40,6 +41,7 @@ def run(config: RunConfig) -> None:
         say(f"{config.rollout.format}: {standing.coverage}; learner: {standing.arithmetic}")
         guard = Guard(config.guard, say)
         restore(run_dir, cluster, inputs, guard)  # before the metrics of steps to be done again are moved aside
+        (run_dir.path / "summary.json").unlink(missing_ok=True)  # of an end that is one no more: the run goes on
         with Metrics.open(run_dir.path, config, run_dir.first_step) as metrics:
             train(config, run_dir, inputs, cluster, rewarder, metrics, guard)
     closing = conclude(config, run_dir.path, time.perf_counter() - started)
@@ -90,24 +92,32 @@ def train(
             try:
                 updates = learn(config, learner, samples, guard, step) if guard.trusts(step, row) else []
             except DivergenceError as error:
-                metrics.log(step, row)  # without what its updates would have told: it is the step that tells why
-                metrics.log_samples(step, samples, {p.id: p for p in asked})
+                with suppress(OSError):  # a full disk is not why the run ends, and is told of with the state
+                    _log(metrics, step, row, asked, samples)  # of its updates nothing: it is the step that tells why
                 raise _saved(error, config, run_dir, cluster, inputs, guard, step) from error
 
         row |= update_metrics(updates)
         row |= {"guard/skipped_updates": algorithm.mini_batches - len(updates), "engine/restarts": sampler.restarted}
         row |= guard.look(step, row) | watch.lap()
         row["tokens_per_s"] = row["tokens"] / row["time/step_s"]
-        with watch("log"):
-            metrics.log(step, row)
-            metrics.log_samples(step, samples, {p.id: p for p in asked})
         try:
             guard.enforce()
         except DivergenceError as error:
+            with suppress(OSError):
+                _log(metrics, step, row, asked, samples)
             raise _saved(error, config, run_dir, cluster, inputs, guard, step + 1) from error
+        with watch("log"):
+            _log(metrics, step, row, asked, samples)
         if _due(config.checkpoint.every, step + 1) or step + 1 == config.steps:
             with watch("checkpoint"):
-                save(run_dir.checkpoints, config, cluster, inputs, guard, step + 1)
+                save(run_dir.checkpoints, config, cluster, inputs, guard, step + 1, config.checkpoint.keep)
+
+
+def _log(
+    metrics: Metrics, step: int, row: dict[str, float], asked: Sequence[Prompt], samples: Sequence[Sample]
+) -> None:
+    metrics.log(step, row)
+    metrics.log_samples(step, samples, {prompt.id: prompt for prompt in asked})
 
 
 def learn(
@@ -146,8 +156,16 @@ def restore(run_dir: RunDir, cluster: Cluster, inputs: Inputs, guard: Guard) -> 
     say(f"resumed from {folder}")
 
 
-def save(root: Path, config: RunConfig, cluster: Cluster, inputs: Inputs, guard: Guard, step: int) -> Path:
-    """A checkpoint after `step` steps, complete or not there."""
+def save(
+    root: Path,
+    config: RunConfig,
+    cluster: Cluster,
+    inputs: Inputs,
+    guard: Guard,
+    step: int,
+    keep: int | None = None,
+) -> Path:
+    """A checkpoint after `step` steps, complete or not there. `keep`: how many there may be; `None`: all."""
     state = {
         "step": step,
         "contract_hash": cluster.learner.standing.contract_hash,
@@ -155,7 +173,7 @@ def save(root: Path, config: RunConfig, cluster: Cluster, inputs: Inputs, guard:
         "prompts": inputs.train.state(),
         "guard": guard.state(),
     }
-    return checkpoint.save(root, state, cluster.learner.save, config.checkpoint.keep)
+    return checkpoint.save(root, state, cluster.learner.save, keep)
 
 
 def _saved(
@@ -168,14 +186,14 @@ def _saved(
     step: int,
 ) -> DivergenceError:
     """The error, once the state it happened in is on disk, apart from the checkpoints that a resume looks at, and a report
-    that shows how it came to it."""
+    that shows how it came to it. What goes wrong with either is not why the run ends: it is told with it."""
     try:
         report = str(write_report(run_dir.path))
-    except OSError as failed:  # a full disk is not why the run ends
+    except Exception as failed:
         report = f"could not be written ({failed})"
     try:
         state = f"is saved in {save(run_dir.path / 'diverged', config, cluster, inputs, guard, step)}"
-    except CheckpointError as failed:
+    except Exception as failed:
         state = f"could not be saved ({failed})"
     last = checkpoint.newest(run_dir.checkpoints)
     healthy = f"resume=auto continues from {last.folder}" if last else "there is no earlier checkpoint"

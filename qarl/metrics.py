@@ -178,9 +178,14 @@ class Metrics:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._display:
             self._display.close()
-        self._rows.close()
-        self._samples.close()
-        self._wandb.finish(failed=kind is not None)
+        try:
+            self._rows.close()
+            self._samples.close()
+        except OSError:
+            if kind is None:
+                raise  # else the disk is full, and not why the run ends
+        finally:
+            self._wandb.finish(failed=kind is not None)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Once a step, in order. Every name is in `METRICS`; values may be NaN or infinite."""

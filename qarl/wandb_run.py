@@ -13,6 +13,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from qarl.config import RunConfig
+from qarl.rundir import write_atomically
 from qarl.workspace import TABLE, save_workspace
 
 WANDB_SECONDS = 60
@@ -115,7 +116,7 @@ def _encodable(value: Any) -> Any:
 def _run_id(run_dir: Path) -> str:
     file = run_dir / "wandb_id"
     if not file.exists():
-        file.write_text(secrets.token_hex(4) + "\n")
+        write_atomically(file, secrets.token_hex(4) + "\n")  # an empty one would be refused at every start from then on
     return file.read_text().strip()
 
 

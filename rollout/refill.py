@@ -50,6 +50,10 @@ class Refill:
         for slot in self.slots.values():
             self._members.setdefault(slot.module, []).append(slot)
 
+    def forget_homes(self) -> None:
+        """Every module goes through vLLM's own processing once more."""
+        self.homes, self._sums = {}, None
+
     @torch.no_grad()
     def load(self, tensors: Tensors) -> None:
         """Serve these, of whole modules, from now on. Raises `EngineError` where a layer changes its layout."""

@@ -130,6 +130,9 @@ class VllmEngine(Engine):
         with set_current_vllm_config(self._core.engine_core.vllm_config):
             self._refill.load(tensors)
 
+    def _forget_homes(self) -> None:
+        self._refill.forget_homes()
+
     def _can_read_back(self, tensor: str) -> bool:
         return tensor in self._refill.homes
 

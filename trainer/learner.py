@@ -26,7 +26,7 @@ from qarl.kernels.dispatch import Codes
 from qarl.objectives import SUMS, combine, surrogate
 from qarl.records import MicroBatch, UpdateStats, WeightUpdate
 from qarl.trainer.aligned import AlignedModel
-from qarl.trainer.canary import Canary
+from qarl.trainer.canary import Canary, Scores
 from qarl.trainer.checkpoint import Shards, load_state, save_policy, save_state
 from qarl.trainer.model import load_model
 from qarl.trainer.optimizer import lr_at, make_optimizer
@@ -163,10 +163,12 @@ class Learner:
         the engines that are left serve nothing until another version arrives.
         """
         gathered, outlet, seconds = self._gathered(), self._outlet, dict[str, float]()
+        scores: Scores | None = None
         try:
             if outlet:  # engines look at the contract while codes are made
                 outlet.begin(version, self.format.name, self.contract_hash())
-            scores = None if self.config.zero == 3 else self._canary.start(canaries)
+            if self.config.zero != 3:
+                scores = self._canary.start(canaries)
             if outlet:
                 manifest, seconds = publish(
                     gathered, self.shapes, self.format, version, n_tiles, outlet, self._kept_codes

@@ -1,5 +1,6 @@
 """Checkpoints are whole or not there."""
 
+import errno
 import json
 import os
 import resource
@@ -47,6 +48,30 @@ def test_damaged_later_ones_that_a_resume_passed_over_do_not_crowd_out_the_new_o
     assert sorted(f.name for f in tmp_path.iterdir()) == ["step-000005", "step-000007"]
     found = checkpoint.newest(tmp_path)
     assert found is not None and found.folder == new
+
+
+def test_where_none_is_to_be_dropped_later_ones_stay_too(tmp_path):
+    """As the states of a run that diverged, was resumed and diverged again earlier: each is evidence."""
+    checkpoint.save(tmp_path, {"step": 50}, write), checkpoint.save(tmp_path, {"step": 45}, write)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["step-000045", "step-000050"]
+
+
+def test_an_old_one_that_cannot_be_removed_does_not_end_the_run(tmp_path, monkeypatch):
+    """As on NFS, while someone reads it: it is half gone, which a resume passes over, and a later call tries again."""
+    for step in (1, 2):
+        save(tmp_path, step, keep=2)
+
+    def busy(*_: object, **__: object) -> None:
+        raise OSError(errno.EBUSY, "busy")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rmdir", busy)
+        new = save(tmp_path, 3, keep=2)
+    assert (tmp_path / "step-000001").exists() and checkpoint.find_damage(tmp_path / "step-000001")
+    found = checkpoint.newest(tmp_path)
+    assert found is not None and found.folder == new
+    save(tmp_path, 4, keep=2)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["step-000003", "step-000004"]
 
 
 def truncate(folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import resource
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,9 +13,10 @@ import numpy as np
 import pytest
 
 from qarl import checkpoint, loop
-from qarl.config import GuardConfig
-from qarl.errors import CheckpointError, ConfigError, DivergenceError
+from qarl.config import GuardConfig, LoggingConfig
+from qarl.errors import CheckpointError, ConfigError, DivergenceError, LearnerError
 from qarl.guard import Guard
+from qarl.metrics import Metrics
 from qarl.prepare import Inputs
 from qarl.prompts import PromptStream
 from qarl.records import Prompt, Standing
@@ -134,17 +137,74 @@ def test_a_diverged_state_is_saved_apart_and_the_last_healthy_checkpoint_named(c
     assert open_run(replace(config, steps=9)).first_step == (2 if healthy else 0), "a resume must not look at it"
 
 
-def test_a_disk_that_is_full_is_not_why_a_diverged_run_ends(config, monkeypatch):
+@pytest.mark.parametrize(
+    "failed", [CheckpointError("no space left"), LearnerError("no space left"), OSError("no space left")]
+)
+def test_what_goes_wrong_with_the_state_of_a_diverged_run_is_not_why_it_ends(config, monkeypatch, failed):
     run_dir = open_run(config)
 
     def refuse(*_: Any) -> None:
-        raise CheckpointError("no space left")
+        raise failed
 
     monkeypatch.setattr(loop, "save", refuse)
     (run_dir.path / "report.partial").mkdir()  # so that no report can be written either
     error = loop._saved(DivergenceError("grad_norm is nan."), config, run_dir, cluster(), inputs(), guard(), 3)
     assert str(error).startswith("grad_norm is nan.\n") and "could not be saved (no space left)" in str(error)
     assert "Report: could not be written (" in str(error)
+
+
+def diverged(*_: Any) -> Any:
+    raise DivergenceError("grad_norm is nan.")
+
+
+@pytest.mark.parametrize("where", ["learn", "enforce"])
+def test_a_disk_that_is_full_at_the_step_that_diverges_is_not_why_the_run_ends(config, monkeypatch, where):
+    """A file size limit stands for the full disk; of the step all but its rows is left out."""
+    run_dir, watched = open_run(config), guard()
+    done = {
+        "sync": {},
+        "check_version": None,
+        "reward_metrics": {},
+        "to_samples": [],
+        "score": [],
+        "sample_metrics": {},
+    }
+    done |= {"learn": [], "update_metrics": {}, "_accuracy": 0.5}
+    for name, value in done.items():
+        monkeypatch.setattr(loop, name, lambda *_, value=value: value)
+    monkeypatch.setattr(loop, "learn", diverged) if where == "learn" else monkeypatch.setattr(
+        watched, "enforce", diverged
+    )
+    for name, value in {"leaves_out_timeouts": False, "trusts": True, "look": {"tokens": 1.0}}.items():
+        monkeypatch.setattr(watched, name, lambda *_, value=value: value)
+    scored = SimpleNamespace(values=[], timed_out=[])
+    rewarder: Any = SimpleNamespace(score=lambda *_: scored)
+    here = cluster()
+    here.sampler = SimpleNamespace(generate=lambda *_: [], restarted=0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with (
+            pytest.raises(DivergenceError, match="grad_norm is nan.\n.*\n.*could not be saved"),
+            Metrics.open(
+                run_dir.path, replace(config, logging=LoggingConfig(wandb="disabled", progress=False))
+            ) as metrics,
+        ):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+            loop.train(config, run_dir, inputs(), here, rewarder, metrics, watched)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_run_that_goes_on_has_no_summary_until_it_ends_again(config, monkeypatch):
+    """Else the old one would be taken for what a run that then broke came to."""
+    run_dir = open_run(config)
+    (run_dir.path / "summary.json").write_text('{"steps": 2}')
+    monkeypatch.setattr(loop, "prepare", lambda _: inputs())
+    monkeypatch.setattr(loop.Cluster, "open", lambda *_: nullcontext(cluster()))
+    monkeypatch.setattr(loop, "train", diverged)
+    with pytest.raises(DivergenceError):
+        loop.run(replace(config, logging=LoggingConfig(wandb="disabled", progress=False)))
+    assert not (run_dir.path / "summary.json").exists()
 
 
 def test_a_stopped_run_may_continue_with_other_limits(small, tmp_path):
