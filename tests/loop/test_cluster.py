@@ -219,7 +219,24 @@ def test_versions_over_lines_are_those_through_the_host_also_where_an_engine_die
     assert served(config, inputs, host, *versions) == served(config, inputs, lines, *versions, dies_at=1)
 
 
+def test_a_learner_that_cannot_hold_a_line_is_named_and_not_the_line_that_broke_for_want_of_it(single, config, inputs):
+    learner = single[0]
+    (rank,) = learner._ranks
+    ray.get(rank.__ray_call__.remote(cannot_answer))
+    try:
+        sampler = Sampler(config, inputs.model, OverLines("broadcast", learner))
+        with pytest.raises(ZeroDivisionError):
+            sampler.wait()
+    finally:
+        ray.get(rank.__ray_call__.remote(can_answer))
+    for engine in sampler._engines:
+        engine.kill()
+
+
 # Of no module, so that Ray sends it by value.
+carriers = "__import__('qarl.carriers', fromlist=['answer'])"
+cannot_answer = eval(f"lambda actor: vars({carriers}).update(kept={carriers}.answer, answer=lambda *_: 1 / 0)")
+can_answer = eval(f"lambda actor: vars({carriers}).update(answer={carriers}.kept)")
 dies_while_it_loads = eval("lambda actor: setattr(actor._engine, '_load', lambda tensors: __import__('os')._exit(1))")
 own_pid = eval("lambda actor: __import__('os').getpid()")  # of no module, so that Ray sends it by value
 

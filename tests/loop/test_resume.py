@@ -161,7 +161,7 @@ def diverged(*_: Any) -> Any:
 def test_a_disk_that_is_full_at_the_step_that_diverges_is_not_why_the_run_ends(config, monkeypatch, where):
     """A file size limit stands for the full disk; of the step all but its rows is left out."""
     run_dir, watched = open_run(config), guard()
-    done = {
+    done: dict[str, Any] = {
         "sync": {},
         "check_version": None,
         "reward_metrics": {},
@@ -175,8 +175,8 @@ def test_a_disk_that_is_full_at_the_step_that_diverges_is_not_why_the_run_ends(c
     monkeypatch.setattr(loop, "learn", diverged) if where == "learn" else monkeypatch.setattr(
         watched, "enforce", diverged
     )
-    for name, value in {"leaves_out_timeouts": False, "trusts": True, "look": {"tokens": 1.0}}.items():
-        monkeypatch.setattr(watched, name, lambda *_, value=value: value)
+    for name, verdict in {"leaves_out_timeouts": False, "trusts": True, "look": {"tokens": 1.0}}.items():
+        monkeypatch.setattr(watched, name, lambda *_, verdict=verdict: verdict)
     scored = SimpleNamespace(values=[], timed_out=[])
     rewarder: Any = SimpleNamespace(score=lambda *_: scored)
     here = cluster()

@@ -124,3 +124,16 @@ def test_a_stale_version_and_another_contract_cut_the_line_before_anything_is_lo
     line.contract = "deadbeef"
     with pytest.raises(SyncError, match="contract mismatch.* deadbeef"):
         line.sync(6)
+
+
+def test_an_engine_that_fails_before_it_has_heard_all_cuts_the_line(line: Line, monkeypatch):
+    """Else the rest of this version would be taken for the next one, and the learner wait for ever."""
+    line.sync(0)
+    with monkeypatch.context() as broken:
+        broken.setattr(line.engine, "_wake_caches", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            line.sync(1)
+    with pytest.raises(SyncError, match="the learner was gone"):
+        line.engine.refill_from_line()
+    line.connect()
+    assert line.sync(2).version == 2

@@ -16,7 +16,7 @@ from qarl import formats
 from qarl.kernels.checksum import pending
 from qarl.kernels.dispatch import quantizer
 from qarl.rollout import probe, refill
-from qarl.rollout.layout import homes
+from qarl.rollout.layout import Plain, homes
 from qarl.rollout.slots import Slot, contract_hash, find_slots, is_transposed
 from qarl.rollout.vllm_engine import VllmEngine
 
@@ -184,3 +184,15 @@ def test_int4_in_marlins_order_is_written_and_summed_as_it_was_published(outputs
         assert home.pending().item() == pending(codes[part]).item()
     model.layer.weight_packed.data[0, 0] ^= 16
     assert found["weight_packed"].pending().item() != pending(codes["weight_packed"]).item()
+
+
+def test_where_tensors_live_is_found_anew_until_a_refill_was_proved(start, weights, published):
+    """A home that is not the layer's would agree with itself, written and read back."""
+    engine, model = start("vllm", "bf16", "llama"), weights("llama", 2)
+    engine.refill(published(model, "bf16", 0))
+    proved = engine.score([np.arange(5, 25, dtype=np.int32)], [1])
+    elsewhere = {"model.norm": {"weight": Plain(torch.zeros_like(model.model.norm.weight))}}
+    engine.version, engine._refill.homes = None, elsewhere
+    engine.refill(published(model, "bf16", 1))
+    assert engine._refill.homes == {} and engine.version == 1
+    np.testing.assert_array_equal(engine.score([np.arange(5, 25, dtype=np.int32)], [1]), proved)
