@@ -47,10 +47,13 @@ class Order:
 def pack(samples: Sequence[Sample], ranks: int, tokens: int) -> MiniBatch:
     """The samples of one optimizer step. They are scored, or of none the old log-probs are looked at.
 
-    Sequences that cannot be learnt from (no response, a non-finite sampler or old log-prob) travel along, so that the objective
-    counts them as dropped, but not in `n_sequences` and `n_tokens`. Raises `ConfigError` naming `learner.tokens` where
-    a sequence is longer than that.
+    Sequences that cannot be learnt from (no response, a non-finite sampler log-prob) travel along, so that the objective counts
+    them as dropped, but not in `n_sequences` and `n_tokens`. One whose old log-probs are not finite is kept back: the learner's
+    own forward of it overflows, and a gradient of zero times infinity is none. Raises `ConfigError` naming `learner.tokens`
+    where a sequence is longer than that.
     """
+    asked = len(samples)
+    samples = [s for s in samples if s.old_logprobs is None or np.isfinite(s.old_logprobs).all()]
     lengths = [len(s.prompt_tokens) + len(s.completion.tokens) for s in samples]
     valid = [s for s in samples if _is_valid(s)]
     return MiniBatch(
@@ -59,6 +62,7 @@ def pack(samples: Sequence[Sample], ranks: int, tokens: int) -> MiniBatch:
         ),
         n_sequences=len(valid),
         n_tokens=sum(len(s.completion.tokens) for s in valid),
+        n_kept_back=asked - len(samples),
     )
 
 

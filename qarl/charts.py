@@ -100,14 +100,23 @@ def area_chart(steps: np.ndarray, series: Sequence[Series]) -> str:
     return _svg(body, ", ".join(s.label for s in series))
 
 
-def tick_label(value: float, percent: bool = False) -> str:
-    """`20%`, `0.05`, `1.5k`, `1e-4`."""
+def tick_label(value: float, percent: bool = False, more: int = 0) -> str:
+    """`20%`, `0.05`, `1.5k`, `1e-4`. `more`: digits than usual."""
     if percent:
-        return f"{100 * value:.6g}%"  # 99.9998% and 100% are two ticks
+        return f"{100 * value:.{6 + more}g}%"  # 99.9998% and 100% are two ticks
     if value and not 1e-3 <= abs(value) < 1e6:
-        mantissa, exponent = f"{value:.0e}".split("e")
+        mantissa, exponent = f"{value:.{more}e}".split("e")
         return f"{mantissa}e{int(exponent)}"
-    return f"{value / 1000:.4g}k" if abs(value) >= 10_000 else f"{value:.4g}"
+    return f"{value / 1000:.{4 + more}g}k" if abs(value) >= 10_000 else f"{value:.{4 + more}g}"
+
+
+def tick_labels(ticks: Sequence[float], percent: bool = False) -> list[str]:
+    """One each, with as many digits as tell them apart: those of a correlation near 1 would all be `1`."""
+    for more in range(13):
+        labels = [tick_label(tick, percent, more) for tick in ticks]
+        if len(set(labels)) == len(labels):
+            break
+    return labels
 
 
 EMPTY = '<p class="empty">Nothing to draw yet.</p>'
@@ -117,7 +126,7 @@ def _linear_axis(values: np.ndarray) -> Axis:
     low, high = float(values.min()), float(values.max())
     if low > 0 and low < high / 2:
         low = 0.0  # a share or a count is read from zero
-    if high - low < TINY:
+    if high - low < max(TINY, 1e-12 * max(abs(low), abs(high))):  # less than labels and doubles can tell
         low, high = (0.0, 1.0) if abs(low) < TINY else (low - abs(low) / 2, high + abs(high) / 2)
     ticks = _ticks(low, high)
     return Axis(ticks[0], ticks[-1], HEIGHT - BOTTOM, TOP)
@@ -164,10 +173,11 @@ def _log_ticks(axis: Axis) -> list[float]:
 
 def _grid(x: Axis, y: Axis, percent: bool) -> str:
     parts = []
-    for tick in _log_ticks(y) if y.log else _ticks(y.low, y.high):
+    ticks = _log_ticks(y) if y.log else _ticks(y.low, y.high)
+    for tick, label in zip(ticks, tick_labels(ticks, percent), strict=True):
         at = y(tick)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at}" y2="{at}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{at + 4}" text-anchor="end">{tick_label(tick, percent)}</text>')
+        parts.append(f'<text x="{LEFT - 8}" y="{at + 4}" text-anchor="end">{label}</text>')
     for tick in _ticks(x.low, x.high, 7):
         if x.low <= tick <= x.high and float(tick).is_integer():
             parts.append(f'<text x="{x(tick)}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{tick:.0f}</text>')

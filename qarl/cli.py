@@ -33,18 +33,23 @@ GROUPS = {
 def launch(work: Callable[[RunConfig], None], config_name: str) -> None:
     """Compose `configs/<config_name>.yaml` with the arguments of this process and do `work` with it.
 
-    A mistake of the user's ends with exit 2 and one message, a run that must not go on with exit 1; neither with a traceback.
+    A mistake of the user's ends with exit 2 and one message, a run that must not go on with exit 1; neither with a traceback. Of
+    several (`--multirun`) the others are run all the same.
     """
+    failed: list[Exception] = []
 
     def task(composed: DictConfig) -> None:
         try:
             work(compose_run(composed))
         except (CheckpointError, ConfigError, DivergenceError, EngineError, LearnerError, SyncError) as error:
-            fail(error)
+            failed.append(error)
         except OSError as error:
             if error.errno not in REFUSED:
                 raise
-            fail(OSError(f"{error}. Free some space, then continue with resume=auto"))
+            failed.append(OSError(f"{error}. Free some space, then continue with resume=auto"))
+        else:
+            return
+        tell(failed[-1])
 
     try:
         check_overrides(sys.argv[1:])
@@ -52,6 +57,8 @@ def launch(work: Callable[[RunConfig], None], config_name: str) -> None:
         fail(error)
     register()
     hydra.main(version_base="1.3", config_path="pkg://qarl.configs", config_name=config_name)(task)()
+    if failed:
+        sys.exit(exit_code(failed[0]))
 
 
 def compose(*overrides: str, config_name: str = "train") -> RunConfig:
@@ -92,5 +99,13 @@ def compose_run(composed: DictConfig) -> RunConfig:
 
 def fail(error: Exception) -> None:
     """Print what the user has to know and end with a non-zero exit."""
+    tell(error)
+    sys.exit(exit_code(error))
+
+
+def tell(error: Exception) -> None:
     print(f"{type(error).__name__}: {error}", file=sys.stderr)
-    sys.exit(2 if isinstance(error, ConfigError) else 1)
+
+
+def exit_code(error: Exception) -> int:
+    return 2 if isinstance(error, ConfigError) else 1

@@ -82,12 +82,10 @@ class LearnerGroup:
 
     def update(self, batch: MiniBatch) -> UpdateStats:
         """One optimizer step."""
-        return self._all(
-            [
-                a.call.remote("update", list(m), batch.n_sequences, batch.n_tokens)
-                for a, m in zip(self._ranks, batch.ranks, strict=True)
-            ]
-        )[0]
+        ranks = zip(self._ranks, batch.ranks, strict=True)
+        asked = [a.call.remote("update", list(m), batch.n_sequences, batch.n_tokens) for a, m in ranks]
+        stats: UpdateStats = self._all(asked)[0]
+        return replace(stats, sums={**stats.sums, "dropped": stats.sums["dropped"] + batch.n_kept_back})
 
     def publish(self, request: SyncRequest) -> tuple[Published, Any]:
         """The policy in the sampler's format, and Ray's reference to it; every rank takes part in gathering, rank 0 makes it."""

@@ -78,8 +78,22 @@ class PocketConfig:
     """Of the demonstrations, those that show the steps; the others answer at once. Below a half, greedy decoding does too."""
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "head_dim", "context"):
+        for name in (
+            "hidden_size",
+            "intermediate_size",
+            "layers",
+            "heads",
+            "kv_heads",
+            "head_dim",
+            "context",
+            "max_digits",
+        ):
             _positive(f"model.pocket.{name}", getattr(self, name))
+        _require(
+            2 <= self.min_terms <= self.max_terms,
+            f"model.pocket.min_terms: must be 2 at least and model.pocket.max_terms = {self.max_terms} at most, got "
+            f"{self.min_terms}",
+        )
         _require(
             self.heads % self.kv_heads == 0,
             f"model.pocket.heads: {self.heads} is no multiple of model.pocket.kv_heads = {self.kv_heads}",
@@ -537,6 +551,11 @@ class EvaluationConfig:
         _positive("evaluation.prompts", self.prompts)
         _positive("evaluation.n", self.n)
         _not_negative("evaluation.temperature", self.temperature)
+        _require(
+            self.n == 1 or self.temperature > 0,
+            f"evaluation.n: {self.n} greedy completions of a prompt are one and the same; give evaluation.temperature, or "
+            "evaluation.n=1",
+        )
 
 
 @dataclass(frozen=True)
@@ -593,6 +612,15 @@ class RunConfig:
                 self.reward.kind != "reasoning_gym" or dataset.source.startswith("reasoning_gym:"),
                 f"reward.kind: 'reasoning_gym' scores its own tasks, but {key}.source is {dataset.source!r}; "
                 "choices: 'math', 'exact', or a source reasoning_gym:TASK",
+            )
+            pocket = self.model.pocket
+            _require(
+                not pocket
+                or not pocket.steps
+                or dataset.source != "reasoning_gym:chain_sum"
+                or dataset.template == pocket.template,
+                f"{key}.template: {dataset.template!r}, but the pocket model is warm-started, on what is not held out, with "
+                f"model.pocket.template={pocket.template if pocket else ''!r}; they have to be the same",
             )
         _require(
             self.model.dtype == "float32" or self.learner.zero > 0,

@@ -112,6 +112,11 @@ OVERVIEW = Section(
                 Line("engine/restarts", "engine restarts so far", "peak"),
             ),
         ),
+        Chart(
+            "Held-out responses without a reward",
+            "Count, each a wrong answer to the held-out accuracy; zero is healthy.",
+            (Line("accuracy/unscored", "without a reward", "points"),),
+        ),
     ),
 )
 

@@ -12,6 +12,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from qarl.config import DatasetConfig
 from qarl.errors import ConfigError
 
@@ -159,7 +161,12 @@ def _row(fields: Mapping, index: int, config: DatasetConfig, key: str) -> Row:
         )
     carried = ("task", "options", "question", "metadata") if config.source.startswith(PROCEDURAL) else ()
     extras = {name: fields[name] for name in carried} | {n: found[f"extras[{i}]"] for i, n in enumerate(names.extras)}
-    return Row(question, _message(fields, question, index, config, key), str(answer), extras)
+    return Row(question, _message(fields, question, index, config, key), _text(answer), extras)
+
+
+def _text(answer: str | int | float) -> str:
+    """A float in digits: LaTeX reads 1e-05 as 1·e − 5."""
+    return np.format_float_positional(answer, trim="0") if isinstance(answer, float) else str(answer)
 
 
 def _at(fields: Mapping, path: str) -> Any:

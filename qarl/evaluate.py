@@ -51,7 +51,7 @@ def evaluate(config: RunConfig) -> None:
         "temperature": settings.temperature,
         "format": config.rollout.format,
         "engine": config.rollout.engine,
-        "timeouts": found.timeouts,
+        "unscored": found.unscored,
         "seed": config.seed,
         "scores": rows,
         "settings": decided,
@@ -64,6 +64,8 @@ def evaluate(config: RunConfig) -> None:
     print(f"{record['data']} · {len(prompts)} prompts · {config.rollout.format} · temperature {settings.temperature:g}")
     for name, row in rows.items():
         print(f"  {name:<8} {row['mean']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]")
+    if found.unscored:
+        print(f"  {found.unscored} completions count as wrong since the scorer did not answer in time, ended or raised")
     print(f"  written to {file}")
 
 

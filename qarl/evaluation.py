@@ -26,8 +26,8 @@ class Evaluation:
     """float64 [prompts, n]; some scorers give part of one for what is nearly right."""
     completions: Sequence[Completion]
     """In the same order, row by row."""
-    timeouts: int
-    """Rewards that ran out of time or memory; they count as 0."""
+    unscored: int
+    """Completions that count as 0 because the scorer did not answer in time, ended or raised."""
 
     @property
     def accuracy(self) -> float:

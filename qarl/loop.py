@@ -23,7 +23,7 @@ from qarl.prepare import Inputs, prepare, say
 from qarl.records import Prompt, Sample, Sampling, UpdateStats
 from qarl.report import write_report
 from qarl.rewards import Rewarder
-from qarl.rundir import RunDir, check_resume, open_run
+from qarl.rundir import RunDir, check_resume, open_run, owned
 from qarl.samples import check_version, deal, score, to_samples
 from qarl.seeds import completion_seeds, mini_batch_order
 from qarl.summary import conclude
@@ -35,17 +35,18 @@ def run(config: RunConfig) -> None:
     started = time.perf_counter()
     check_resume(config)
     inputs = prepare(config)
-    run_dir = open_run(config)  # only now: a mistake in data or model moves no old run aside
-    with Rewarder(config.reward) as rewarder, Cluster.open(config, inputs.model) as cluster:
-        standing = cluster.learner.standing
-        say(f"{config.rollout.format}: {standing.coverage}; learner: {standing.arithmetic}")
-        guard = Guard(config.guard, say)
-        restore(run_dir, cluster, inputs, guard)  # before the metrics of steps to be done again are moved aside
-        (run_dir.path / "summary.json").unlink(missing_ok=True)  # of an end that is one no more: the run goes on
-        with Metrics.open(run_dir.path, config, run_dir.first_step) as metrics:
-            train(config, run_dir, inputs, cluster, rewarder, metrics, guard)
-    closing = conclude(config, run_dir.path, time.perf_counter() - started)
-    write_report(run_dir.path)
+    with owned(config):
+        run_dir = open_run(config)  # only now: a mistake in data or model moves no old run aside
+        with Rewarder(config.reward) as rewarder, Cluster.open(config, inputs.model) as cluster:
+            standing = cluster.learner.standing
+            say(f"{config.rollout.format}: {standing.coverage}; learner: {standing.arithmetic}")
+            guard = Guard(config.guard, say)
+            restore(run_dir, cluster, inputs, guard)  # before the metrics of steps to be done again are moved aside
+            (run_dir.path / "summary.json").unlink(missing_ok=True)  # of an end that is one no more: the run goes on
+            with Metrics.open(run_dir.path, config, run_dir.first_step) as metrics:
+                train(config, run_dir, inputs, cluster, rewarder, metrics, guard)
+        closing = conclude(config, run_dir.path, time.perf_counter() - started)
+        write_report(run_dir.path)
     print(closing)
 
 
@@ -68,7 +69,7 @@ def train(
             row = sync(config, learner, sampler, step, inputs.canaries, guard.reads_back)
         if _due(config.evaluation.every, step) or step in (0, config.steps):
             with watch("evaluate"):
-                row["accuracy/heldout"] = _accuracy(config, cluster, rewarder, inputs)
+                row |= _accuracy(config, cluster, rewarder, inputs)
         if step == config.steps:
             metrics.log(step, row | watch.lap())
             return
@@ -196,11 +197,16 @@ def _saved(
     except Exception as failed:
         state = f"could not be saved ({failed})"
     last = checkpoint.newest(run_dir.checkpoints)
-    healthy = f"resume=auto continues from {last.folder}" if last else "there is no earlier checkpoint"
+    healthy = (
+        f"resume=auto continues from {last.folder} with the same keys, another run from its policy: name=… model=folder "
+        f"model.path={last.folder / 'policy'}"
+        if last
+        else "there is no earlier checkpoint"
+    )
     return DivergenceError(f"{error}\n  Report: {report}\n  The state {state}; {healthy}.")
 
 
-def _accuracy(config: RunConfig, cluster: Cluster, rewarder: Rewarder, inputs: Inputs) -> float:
+def _accuracy(config: RunConfig, cluster: Cluster, rewarder: Rewarder, inputs: Inputs) -> dict[str, float]:
     settings = config.evaluation
     sampling = Sampling(
         temperature=settings.temperature,
@@ -208,7 +214,7 @@ def _accuracy(config: RunConfig, cluster: Cluster, rewarder: Rewarder, inputs: I
         stop=config.rollout.sampling.stop,
     )
     found = evaluate(cluster.sampler, rewarder, inputs.heldout, n=settings.n, sampling=sampling, seed=config.seed)
-    return found.accuracy
+    return {"accuracy/heldout": found.accuracy, "accuracy/unscored": found.unscored}
 
 
 def _due(every: int, step: int) -> bool:

@@ -35,9 +35,12 @@ METRICS = {
     ),
     "reward/timeouts": Metric("responses", "scored 0 because the reward did not answer in time", ".0f"),
     "reward/timeout_share": Metric("share", "of the responses of the step", ".1%"),
-    "reward/crashes": Metric("responses", "scored 0 because the reward's process died", ".0f"),
+    "reward/crashes": Metric("responses", "scored 0 because the reward's process died, or its scorer raised", ".0f"),
     "accuracy/heldout": Metric(
         "share", "responses to held-out prompts that get the full reward, sampled at the run's format", ".1%"
+    ),
+    "accuracy/unscored": Metric(
+        "responses", "to held-out prompts, scored 0 because the scorer did not answer in time, ended or raised", ".0f"
     ),
     "length/mean": Metric("tokens", "mean response", ".1f"),
     "length/max": Metric("tokens", "longest response", ".0f"),

@@ -171,5 +171,7 @@ def _table(config: RunConfig, learner: Memory, engine: Memory) -> list[str]:
             continue
         left = config.placement.gpu_gb - total
         verdict = f"{left:.1f} left for activations" if left > 0 else f"DOES NOT FIT by {-left:.1f}"
+        if sums["kv_cache"] < 0:
+            verdict = f"DOES NOT FIT: rollout.gpu_memory is {-sums['kv_cache']:.1f} too little for the engine's weights"
         rows.append(f"  {'total':<10} {total:9.3f}  of {config.placement.gpu_gb:g}: {verdict}")
     return rows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from qarl import formats
 from qarl.config import RunConfig
@@ -20,7 +19,7 @@ from qarl.data import Row, load_rows
 from qarl.errors import ConfigError
 from qarl.prompts import PromptStream, read, to_prompts, tokenize
 from qarl.records import Prompt
-from qarl.shapes import parameter_shapes
+from qarl.shapes import check_ranks, parameter_shapes
 from qarl.trainer.model import materialize
 
 
@@ -74,8 +73,7 @@ def prepare_policy(config: RunConfig, heldout: Sequence[Row]) -> tuple[str, PreT
     transformers.utils.logging.disable_progress_bar()  # of files; ours shows steps
     messages = [row.message for row in heldout]
     model = materialize(config.model, cache_folder(), held_out=messages, progress=warm_start_progress())
-    if model.is_dir():
-        check_fit(config, json.loads((model / "config.json").read_text()))
+    check_fit(config, AutoConfig.from_pretrained(model, revision=config.model.revision).to_dict())
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, revision=config.model.revision)
     except Exception as error:  # it raises whatever its formats' parsers raise
@@ -112,6 +110,8 @@ def check_fit(config: RunConfig, architecture: Mapping[str, Any]) -> None:
     format = formats.get(config.rollout.format)
     for name, shape in parameter_shapes(architecture).items():
         format.check_shape(name, shape)
+    if config.rollout.tensor_parallel > 1:
+        check_ranks(architecture, format, config.rollout.tensor_parallel)
     positions = architecture.get("max_position_embeddings")
     if positions is not None and positions < config.model.max_tokens:
         raise ConfigError(

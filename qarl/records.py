@@ -135,6 +135,8 @@ class MiniBatch:
     """Sequences over all ranks that enter the objective: its normaliser, known before the first backward."""
     n_tokens: int
     """Their response tokens over all ranks, likewise."""
+    n_kept_back: int = 0
+    """Sequences that are in no micro-batch: the learner's own forward of them is not finite, and so would be its gradient."""
 
 
 @dataclass(frozen=True)

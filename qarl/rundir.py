@@ -5,8 +5,10 @@ runs/NAME/config.yaml  metrics.jsonl  samples.jsonl  summary.json  report.html  
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,10 @@ FREE = (
     "sync",
     "placement.address",
     "rollout.restarts",
+    "rollout.gpu_memory",
+    "rollout.kv_cache_gb",
+    "reward.workers",
+    "evaluation.every",
 )
 
 
@@ -60,6 +66,26 @@ def check_resume(config: RunConfig) -> None:
     path = Path(config.out) / config.name
     if config.resume == "auto" and (path / "config.yaml").exists():
         _check_same(load_config(path), config)
+
+
+@contextmanager
+def owned(config: RunConfig) -> Iterator[None]:
+    """While a run lasts: two processes in one folder would drop each other's checkpoints and move each other's files aside.
+
+    Raises `ConfigError` where a process that lives has it. The lock lies beside the folder, which may be renamed, and goes with
+    its process, however that ends.
+    """
+    path = Path(config.out) / config.name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.with_name(f".{path.name}.lock")
+    with naming(file), file.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"name: {path} is being run by another process; choose another name=, or end that one"
+            ) from None
+        yield
 
 
 def open_run(config: RunConfig) -> RunDir:
@@ -121,8 +147,9 @@ def _check_same(old: RunConfig, new: RunConfig) -> None:
     ]
     if changed:
         raise ConfigError(
-            f"resume: {Path(new.out) / new.name} was run with another configuration; choose another name=, or "
-            "resume=never to start over:\n  " + "\n  ".join(changed)
+            f"resume: {Path(new.out) / new.name} was run with another configuration; choose another name= "
+            "(with model=folder model.path=…/policy it goes on from a checkpoint's policy), or resume=never to start over:\n  "
+            + "\n  ".join(changed)
         )
 
 

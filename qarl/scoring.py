@@ -15,6 +15,7 @@ from itertools import product
 Score = Callable[[str, str, Mapping[str, object]], float]
 
 BOXED = re.compile(r"\\f?boxed\s*{")
+DOLLAR = re.compile(r"(?<!\\)\$")
 INTEGER = re.compile(r"-?[0-9]{1,18}")
 BRACES = re.compile(BOXED.pattern + r"|\\[{}]|[{}]")
 
@@ -92,7 +93,7 @@ def last_boxed(text: str) -> str | None:
 
 @lru_cache(maxsize=4096)
 def _gold(answer: str) -> list:
-    gold = _parse(answer if "$" in answer or BOXED.search(answer) else f"${answer}$")
+    gold = _parse(answer if DOLLAR.search(answer) or BOXED.search(answer) else f"${answer}$")
     if not gold:
         raise ValueError(f"the answer {answer[:80]!r} is not mathematics")
     return gold

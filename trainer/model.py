@@ -79,7 +79,24 @@ def load_model(path: Path | str, dtype: torch.dtype, revision: str | None = None
     missing = sorted(report["missing_keys"]) + sorted(report["mismatched_keys"])
     if missing:  # transformers would go on with random weights
         raise ConfigError(f"model.path: {str(path)!r} lacks weights of the model: {missing[:5]}")
+    _make_writable(model, path)
     return model
+
+
+def _make_writable(model: PreTrainedModel, path: Path | str) -> None:
+    """transformers reads a generation_config.json that sets a temperature without `do_sample`, and refuses to write it: the first
+    checkpoint would end the run. Raises `ConfigError` where it is wrong in another way."""
+    generation: Any = model.generation_config
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        generation.do_sample = True
+        try:
+            generation.validate(strict=True)
+        except ValueError as error:
+            raise ConfigError(
+                f"model.path: generation_config.json of {str(path)!r} cannot be written again: {error}"
+            ) from error
 
 
 def _gguf_file(gguf: str) -> Path:

@@ -1,5 +1,7 @@
 """Packing: nothing lost, budget kept, ranks equal, and back again."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,11 +15,12 @@ from qarl.records import Completion, Sample
 def make_sample(i, prompt, response, *, bad=None, old=True):
     tokens = np.arange(response, dtype=np.int32) + 100 * i
     logprobs = -np.arange(response, dtype=np.float32)
+    learner = logprobs + 1
     if bad is not None:
         logprobs[0] = bad
     completion = Completion(i, 0, tokens, logprobs, "", "stop", 0)
     prompt_tokens = -np.arange(prompt, dtype=np.int32) - 1
-    return Sample(completion, prompt_tokens, 0.0, float(i), logprobs + 1 if old else None)
+    return Sample(completion, prompt_tokens, 0.0, float(i), learner if old else None)
 
 
 lengths_strategy = st.lists(st.integers(1, 50), max_size=40)
@@ -75,6 +78,17 @@ def test_counts_leave_out_what_the_objective_drops(bad):
     batch = pack(samples, ranks=1, tokens=100)
     assert (batch.n_sequences, batch.n_tokens) == (1, 3)
     assert batch.ranks[0][0].n_sequences == 3, "they travel along, to be counted as dropped"
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_the_learner_itself_overflows_on_is_kept_back(bad):
+    """Its gradient would be zero times infinity."""
+    samples = [make_sample(0, 2, 3), make_sample(1, 2, 4)]
+    samples[1] = replace(samples[1], old_logprobs=np.full(4, bad, np.float32))
+    batch = pack(samples, ranks=2, tokens=100)
+    assert (batch.n_sequences, batch.n_tokens, batch.n_kept_back) == (1, 3, 1)
+    assert sum(micro.n_sequences for rank in batch.ranks for micro in rank) == 1
+    assert len({len(rank) for rank in batch.ranks}) == 1
 
 
 def test_counts_equal_the_objectives_own():

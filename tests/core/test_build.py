@@ -68,6 +68,12 @@ ROOT = Path(__file__).resolve().parents[2]
         ({"guard": {"patience": 0}}, "guard.patience: must be positive"),
         ({"evaluation": {"prompts": 0}}, "evaluation.prompts: must be positive"),
         ({"evaluation": {"n": 0}}, "evaluation.n: must be positive"),
+        ({"evaluation": {"n": 4}}, "evaluation.n: 4 greedy completions of a prompt are one and the same"),
+        ({"model": {"pocket": {"min_terms": 8}}}, r"model.pocket.min_terms: .* 6 at most, got 8"),
+        (
+            {"model": {"pocket": {}}, "data": {"train": {"source": "reasoning_gym:chain_sum", "template": "{prompt}"}}},
+            r"data.train.template: '\{prompt\}', but the pocket model is warm-started, .* model.pocket.template=",
+        ),
         ({"evaluation": {"temperature": -1}}, "evaluation.temperature: must not be negative"),
         ({"model": {"pocket": {"heads": 4, "kv_heads": 3}}}, "model.pocket.heads: 4 is no multiple of"),
         ({"placement": {"gpus": 4}}, "placement.gpus: 4 GPUs, but mode 'colocate'"),

@@ -48,3 +48,21 @@ def test_another_mistake_of_the_system_is_not_taken_for_a_full_disk(tmp_path):
     code = REFUSED.replace("    log = ", '    raise FileNotFoundError(errno.ENOENT, "gone", "x")\n    log = ')
     done = subprocess.run([sys.executable, "-c", code, f"out={tmp_path}"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1 and "FileNotFoundError" in done.stderr and "resume=auto" not in done.stderr
+
+
+def test_of_several_runs_one_that_must_not_go_on_leaves_the_others_theirs(tmp_path):
+    code = """
+import sys
+from qarl import cli
+from qarl.errors import DivergenceError
+def work(config):
+    print("began", config.seed)
+    if config.seed < 2:
+        raise DivergenceError(f"of seed {config.seed}")
+cli.launch(work, "train")
+"""
+    command = [sys.executable, "-c", code, "--multirun", "seed=0,1,2", f"hydra.sweep.dir={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert [line for line in done.stdout.splitlines() if line.startswith("began")] == [f"began {i}" for i in range(3)]
+    assert done.stderr.splitlines() == ["DivergenceError: of seed 0", "DivergenceError: of seed 1"]

@@ -240,3 +240,12 @@ def test_settings_that_mean_nothing_to_a_file_are_refused(jsonl):
 def test_a_size_that_is_not_positive_is_refused_by_its_key(jsonl, size):
     with pytest.raises(ConfigError, match=rf"data\.heldout\.size: must be positive or null, got {size}"):
         load_rows(DatasetConfig(source=str(jsonl), size=size), "data.heldout")
+
+
+def test_numbers_are_answers_in_digits(tmp_path):
+    """LaTeX reads 1e-05 as the number e."""
+    path = tmp_path / "rows.jsonl"
+    numbers = (0.00001, 2.5e-05, 1e16, 18.0, 0.1, -3, 7)
+    path.write_text("".join(json.dumps({"question": "q", "answer": number}) + "\n" for number in numbers))
+    answers = [row.answer for row in load_rows(DatasetConfig(source=str(path)), KEY)]
+    assert answers == ["0.00001", "0.000025", "10000000000000000.0", "18.0", "0.1", "-3", "7"]

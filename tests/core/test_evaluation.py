@@ -97,9 +97,15 @@ def evaluated(composed, tmp_path, monkeypatch):
 
 def test_an_evaluation_replaces_that_of_the_same_settings_alone(evaluated):
     assert len(evaluated()) == len(evaluated()) == 1
-    others = ("model.path=b", "evaluation.n=2", "evaluation.temperature=1", "seed=7", "rollout.sampling.max_tokens=9")
+    others = (
+        "model.path=b",
+        "evaluation.n=2 evaluation.temperature=0.5",
+        "evaluation.temperature=1",
+        "seed=7",
+        "rollout.sampling.max_tokens=9",
+    )
     for already, other in enumerate(others, 1):
-        assert len(evaluated(other)) == already + 1, other
+        assert len(evaluated(*other.split())) == already + 1, other
     assert {record["model"] for record in evaluated()} == {"a", "b"}
 
 

@@ -73,6 +73,10 @@ def test_a_plan_says_whether_it_fits(composed):
     assert "in host memory" in plan(composed("recipe=quickstart"))
 
 
+def test_a_plan_says_where_the_engines_weights_are_more_than_its_share(composed):
+    assert "DOES NOT FIT: rollout.gpu_memory is 11.7 too little" in plan(composed(TARGET, "rollout.format=bf16"))
+
+
 def test_a_plan_says_how_weights_travel_and_what_it_leaves_out(composed):
     text = plan(composed(TARGET))
     assert "GB on the wire (61.1 as BF16)\n      read in place by engines that share a rank's GPU" in text

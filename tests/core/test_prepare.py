@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, Qwen3Config
 
 from qarl import prepare as module
 from qarl.errors import ConfigError
@@ -84,3 +84,27 @@ def test_a_stop_string_of_a_special_token_is_refused(composed):
     eos = AutoTokenizer.from_pretrained(prepare_evaluation(composed(*POCKET, *FEW))[0]).eos_token
     with pytest.raises(ConfigError, match=r"rollout.sampling.stop\[1\]: .* holds the special token"):
         prepare(composed(*POCKET, *FEW, f"rollout.sampling.stop=['=','{eos}']"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (("rollout.format=w4a16",), "rollout.format: 'w4a16' needs input features divisible by 128"),
+        (
+            ("rollout.format=bf16", "model.max_tokens=999", "learner.tokens=999"),
+            "model.max_tokens: 999, but the model has 512",
+        ),
+        (("rollout.format=bf16", "rollout.tensor_parallel=2", "rollout.engine=vllm"), "rollout.tensor_parallel: 2"),
+    ],
+)
+def test_a_model_of_the_hub_is_held_against_the_run_before_anything_starts(
+    composed, tmp_path, monkeypatch, overrides, says
+):
+    Qwen3Config(
+        hidden_size=96, num_attention_heads=3, num_key_value_heads=3, head_dim=32, max_position_embeddings=512
+    ).save_pretrained(tmp_path)
+    read = AutoConfig.from_pretrained
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda name, revision: read(tmp_path))
+    config = composed("recipe=quickstart", "model=folder", "model.path=some/model", "model.dtype=float32", *overrides)
+    with pytest.raises(ConfigError, match=says):
+        module.prepare_policy(config, [])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from qarl.charts import BUCKETS, EMPTY, Series, area_chart, line_chart, tick_label
+from qarl.charts import BUCKETS, EMPTY, Series, area_chart, line_chart, tick_label, tick_labels
 from qarl.dashboard import SECTIONS
 from qarl.jsonl import StepLog
 from qarl.metrics import METRICS
@@ -236,7 +236,7 @@ def test_areas_stack_to_the_sum():
 
 
 @pytest.mark.parametrize(
-    "low_high", [(0.0, 0.0), (1.0, 1.0), (-3.0, -3.0), (1e-12, 1e12), (-1e-9, 1e-9), (0.0, 5e-324)]
+    "low_high", [(0.0, 0.0), (1.0, 1.0), (-3.0, -3.0), (1e-12, 1e12), (-1e-9, 1e-9), (0.0, 5e-324), (1 - 2**-53, 1.0)]
 )
 def test_no_range_of_values_breaks_an_axis(low_high: tuple[float, float]):
     for log in (False, True):
@@ -249,6 +249,12 @@ def test_no_range_of_values_breaks_an_axis(low_high: tuple[float, float]):
 )
 def test_tick_labels(value: float, percent: bool, text: str):
     assert tick_label(value, percent) == text
+
+
+@pytest.mark.parametrize("ticks", [[1 - 2e-9, 1 - 1e-9, 1.0], [1e-4, 1.5e-4, 2e-4], [10_000_001, 10_000_002]])
+@pytest.mark.parametrize("percent", [False, True])
+def test_ticks_that_differ_have_labels_that_do(ticks: list[float], percent: bool):
+    assert len(set(tick_labels(ticks, percent))) == len(ticks)
 
 
 def test_a_stack_tells_the_mean_of_a_step_and_the_share_of_each_part(tmp_path: Path):

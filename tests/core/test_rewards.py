@@ -104,6 +104,11 @@ def test_rewarder_works_off_the_main_thread(maths):
     assert results[0].values.tolist() == [1.0, 0.0]
 
 
+@pytest.mark.parametrize("answer", [r"\$18.90", "$18.90$", "18.90"])
+def test_an_escaped_dollar_is_money_and_no_delimiter(answer):
+    assert scoring.math(r"\boxed{\$18.90}", answer, {}) == 1.0
+
+
 def test_an_answer_that_is_no_mathematics_is_counted_and_said(maths, caplog):
     rewards = maths.score(["4", "4"], [prompt(""), prompt("4")])
     assert rewards.values.tolist() == [0.0, 1.0]

@@ -1,5 +1,7 @@
 """What happens to a run folder that is there already."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -7,7 +9,7 @@ import pytest
 from qarl import checkpoint
 from qarl.config import GuardConfig, LearnerConfig, LoggingConfig, OptimizerConfig, RolloutConfig, RunConfig, StopLimits
 from qarl.errors import ConfigError
-from qarl.rundir import check_resume, load_config, open_run
+from qarl.rundir import check_resume, load_config, open_run, owned
 
 
 def config(tmp_path, **changes) -> RunConfig:
@@ -31,6 +33,25 @@ def test_never_moves_an_old_run_aside_and_loses_nothing(tmp_path, capsys):
     third = open_run(config(tmp_path))
     assert (tmp_path / "r.old1" / "metrics.jsonl").read_text() == "old\n" and (tmp_path / "r.old2").is_dir()
     assert not (third.path / "metrics.jsonl").exists() and "r.old2" in capsys.readouterr().out
+
+
+def test_a_folder_that_a_living_process_runs_in_is_refused(tmp_path):
+    """Else one would drop the other's checkpoints; once that process is gone, however it went, the folder is free."""
+    code = "import sys, time\nfrom qarl.rundir import owned\nfrom qarl.config import RunConfig\n"
+    code += "with owned(RunConfig(name='r', out=sys.argv[1])):\n    print('mine', flush=True)\n    time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "mine\n"
+        with pytest.raises(ConfigError, match=r"name: .*/r is being run by another process"), owned(config(tmp_path)):
+            pass
+        other.kill()
+    with owned(config(tmp_path)), owned(config(tmp_path, name="another")):
+        pass
+
+
+def test_auto_takes_what_changes_no_number(tmp_path):
+    save(open_run(config(tmp_path, resume="auto")), 5)
+    less = config(tmp_path, resume="auto", rollout=RolloutConfig(gpu_memory=0.3, kv_cache_gb=2.0))
+    assert open_run(less).first_step == 5
 
 
 def test_auto_continues_from_the_newest_checkpoint(tmp_path):

@@ -130,7 +130,12 @@ def test_a_diverged_state_is_saved_apart_and_the_last_healthy_checkpoint_named(c
     error = loop._saved(DivergenceError("grad_norm is nan."), config, run_dir, cluster(), inputs(), guard(), 3)
     diverged = run_dir.path / "diverged" / "step-000003"
     assert checkpoint.find_damage(diverged) is None
-    expected = f"resume=auto continues from {last}" if healthy else "there is no earlier checkpoint"
+    expected = "there is no earlier checkpoint"
+    if last:
+        expected = (
+            f"resume=auto continues from {last} with the same keys, another run from its policy: name=… model=folder "
+            f"model.path={last / 'policy'}"
+        )
     assert str(error) == (
         f"grad_norm is nan.\n  Report: {run_dir.path / 'report.html'}\n  The state is saved in {diverged}; {expected}."
     )
@@ -169,7 +174,7 @@ def test_a_disk_that_is_full_at_the_step_that_diverges_is_not_why_the_run_ends(c
         "score": [],
         "sample_metrics": {},
     }
-    done |= {"learn": [], "update_metrics": {}, "_accuracy": 0.5}
+    done |= {"learn": [], "update_metrics": {}, "_accuracy": {"accuracy/heldout": 0.5}}
     for name, value in done.items():
         monkeypatch.setattr(loop, name, lambda *_, value=value: value)
     monkeypatch.setattr(loop, "learn", diverged) if where == "learn" else monkeypatch.setattr(

@@ -9,6 +9,7 @@ from transformers import Qwen3Config
 
 from qarl.config import ModelConfig
 from qarl.errors import ConfigError
+from qarl.trainer.checkpoint import save_policy
 from qarl.trainer.model import load_model, materialize
 
 
@@ -79,6 +80,18 @@ def test_weights_that_are_not_in_the_folder_are_not_made_up(models, tmp_path):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match="up_proj"):
         load_model(folder, torch.float32)
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.6}, {"do_sample": False, "temperature": 0.6, "top_p": 0.9}])
+def test_sampling_settings_that_transformers_would_not_write_again_do_not_end_the_first_checkpoint(
+    models, tmp_path, settings
+):
+    folder = tmp_path / "model"
+    shutil.copytree(models["dense"], folder)
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    model = load_model(folder, torch.float32)
+    save_policy(tmp_path / "policy", model, dict(model.named_parameters()), folder, None)
+    assert json.loads((tmp_path / "policy" / "generation_config.json").read_text())["temperature"] == 0.6
 
 
 @pytest.mark.parametrize(
