@@ -87,6 +87,10 @@ class LearnerGroup:
         stats: UpdateStats = self._all(asked)[0]
         return replace(stats, sums={**stats.sums, "dropped": stats.sums["dropped"] + batch.n_kept_back})
 
+    def make_room(self) -> None:
+        """For engines that sleep on the learner's GPUs, and will wake or be started again there."""
+        self._all([rank.call.remote("make_room") for rank in self._ranks])
+
     def publish(self, request: SyncRequest) -> tuple[Published, Any]:
         """The policy in the sampler's format, and Ray's reference to it; every rank takes part in gathering, rank 0 makes it."""
         pairs = [a.publish.options(num_returns=2).remote(request.version, request.n_tiles) for a in self._ranks]
@@ -159,6 +163,10 @@ class LearnerGroup:
             raise
 
 
+Check = Callable[[Published, Sequence[RefillReport]], None]
+"""Raises `SyncError` where learner and engines do not mean the same."""
+
+
 class Sampler:
     """All engines as one sampler; each takes a contiguous share of the prompts."""
 
@@ -166,6 +174,7 @@ class Sampler:
         self._config, self._bridge = config, bridge
         self._arguments = engine_arguments(config, model)
         self._request: SyncRequest | None = None
+        self._check: Check | None = None
         self._engines = [EngineActors(config, index) for index in range(config.rollout.replicas)]
         self._starting = [engine.start(self._arguments) for engine in self._engines]
         self.restarted = 0
@@ -176,13 +185,16 @@ class Sampler:
         self._replace_dead(answers(self._engines, self._starting))
         self._connect()
 
-    def refill(self, request: SyncRequest) -> tuple[Published, list[RefillReport]]:
-        """Every engine takes the learner's weights and proves them. Raises `SyncError`."""
-        self._request = request
+    def refill(self, request: SyncRequest, check: Check = lambda *_: None) -> tuple[Published, list[RefillReport]]:
+        """Every engine takes the learner's weights and proves them. `check` holds both sides' words against each other, now and
+        whenever an engine is started again at this version. Raises `SyncError`, as it does."""
+        self._request, self._check = request, check
         while True:
             published, found = self._bridge.deliver(self._engines, request)
             if not self._replace_dead(found):
-                return published, [report for report in found if isinstance(report, RefillReport)]
+                reports = [report for report in found if isinstance(report, RefillReport)]
+                check(published, reports)
+                return published, reports
             self._connect()
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: np.ndarray) -> list[Completion]:
@@ -196,8 +208,7 @@ class Sampler:
         """Engines give their GPU memory to the learner, until the next refill."""
         while self._replace_dead(answers(self._engines, [engine.ask("sleep") for engine in self._engines])):
             self._connect()
-            if self._request:
-                self.refill(self._request)  # which wakes the others: all are asked again
+            self._refill_again()  # which wakes the others: all are asked again
 
     def _ask(self, call: Callable[[EngineActors, int], list[Any]]) -> list[Any]:
         """`call(engine, index)` on every engine; those that die are replaced, refilled, and asked again. Their first answers never
@@ -205,12 +216,15 @@ class Sampler:
         found = answers(self._engines, [call(engine, i) for i, engine in enumerate(self._engines)])
         while dead := self._replace_dead(found):
             self._connect()
-            if self._request:
-                self.refill(self._request)
+            self._refill_again()
             again = [self._engines[i] for i in dead]
             for i, answer in zip(dead, answers(again, [call(self._engines[i], i) for i in dead]), strict=True):
                 found[i] = answer
         return found
+
+    def _refill_again(self) -> None:
+        if self._request and self._check:
+            self.refill(self._request, self._check)
 
     def _connect(self) -> None:
         """Lines to all engines, also where one dies as it calls."""

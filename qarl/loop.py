@@ -97,6 +97,8 @@ def train(
                     _log(metrics, step, row, asked, samples)  # of its updates nothing: it is the step that tells why
                 raise _saved(error, config, run_dir, cluster, inputs, guard, step) from error
 
+        if config.rollout.sleep:
+            learner.make_room()
         row |= update_metrics(updates)
         row |= {"guard/skipped_updates": algorithm.mini_batches - len(updates), "engine/restarts": sampler.restarted}
         row |= guard.look(step, row) | watch.lap()

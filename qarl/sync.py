@@ -32,20 +32,24 @@ def sync(
     sequences = [prompt.tokens for prompt in canaries if len(prompt.tokens) > 1]
     batch, order = pack_to_score(sequences, learner.ranks, learner.tokens)
     n_tiles = sys.maxsize if read_back else config.sync.tiles
-    start = time.perf_counter()
-    published, reports = sampler.refill(SyncRequest(version, n_tiles, batch, sequences))
-    seconds = time.perf_counter() - start
-    for report in reports:
-        if report.contract_hash != published.contract_hash:
+
+    def check(published: Published, reports: Sequence[RefillReport]) -> None:
+        for report in reports:
+            if report.contract_hash != published.contract_hash:
+                raise SyncError(
+                    f"version {version}: the engine's contract {report.contract_hash} is not the learner's "
+                    f"{published.contract_hash}"
+                )
+        gap = canary_gap(order, published, reports)
+        if config.learner.backend != "none" and not gap <= config.sync.canary_tolerance:
             raise SyncError(
-                f"version {version}: the engine's contract {report.contract_hash} is not the learner's {published.contract_hash}"
+                f"version {version}: on {len(sequences)} canaries engine and learner differ by {gap:.4g} nats a token, more than "
+                f"sync.canary_tolerance = {config.sync.canary_tolerance}"
             )
-    gap = canary_gap(order, published, reports)
-    if config.learner.backend != "none" and not gap <= config.sync.canary_tolerance:
-        raise SyncError(
-            f"version {version}: on {len(sequences)} canaries engine and learner differ by {gap:.4g} nats a token, more than "
-            f"sync.canary_tolerance = {config.sync.canary_tolerance}"
-        )
+
+    start = time.perf_counter()
+    published, reports = sampler.refill(SyncRequest(version, n_tiles, batch, sequences), check)
+    seconds = time.perf_counter() - start
     slowest = max(reports, key=lambda r: sum(r.seconds.values()))
     stages = {**published.seconds, **slowest.seconds}
     stages.setdefault("transfer", max(seconds - sum(stages.values()), 0.0))  # through the host, one after the other
@@ -54,7 +58,7 @@ def sync(
         "sync/total_s": seconds,
         "sync/gb": published.n_bytes / 1e9,
         "sync/tile_error": max(report.max_tile_error for report in reports),
-        "sync/canary": gap,
+        "sync/canary": canary_gap(order, published, reports),
         "guard/read_back": float(read_back),
     }
 

@@ -7,18 +7,21 @@ feature, since transformers keeps apart (q, k, v; gate, up) what is published in
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from qarl.formats import QuantFormat, Shape
 from qarl.fusion import covered_shapes, engine_name, fuse
 from qarl.kernels.dispatch import load
+from qarl.kernels.router import top_experts
 from qarl.kernels.routing import collect, route, row_weights, spread
 from qarl.wire import Specs, published_specs
 
@@ -83,6 +86,17 @@ class Skeleton:
                 module = (CodeLinear if len(shape) == 2 else CodeExperts)(module, self.format, self.dtype)
                 self.model.set_submodule(path, module)
             self._layers[name] = module
+        if self._layers:
+            for module in self.model.modules():
+                if isinstance(module, Qwen3MoeTopKRouter):
+                    module.forward = partial(_choose, module)  # type: ignore[method-assign]
+
+
+def _choose(router: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As transformers, but weights stay float32: experts that quantize their inputs multiply by them before they round, as the
+    aligned learner's do (`trainer.chain.Router`)."""
+    logits = F.linear(hidden.reshape(-1, router.hidden_dim), router.weight)
+    return logits, *top_experts(logits, router.top_k, router.norm_topk_prob)
 
 
 class CodeLinear(nn.Module):

@@ -198,6 +198,11 @@ class Learner:
             self._outlet.close()
         self._outlet = None
 
+    def make_room(self) -> None:
+        """Give back to the GPU what torch keeps of it for the next update: an engine that sleeps there has to wake."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def save(self, folder: Path) -> None:
         """Policy, masters, moments and counters into `folder`; rank 0 writes. See `trainer/checkpoint.py`."""
         weights = {name: weight.cpu().clone() for name, weight in self._gathered() if self.rank == 0}

@@ -165,7 +165,8 @@ def test_engines_that_die_are_replaced_and_change_nothing(single, config, inputs
         replace(config, rollout=replace(config.rollout, replicas=2)), inputs.model, ThroughHost(learner.publish)
     )
     sampler.wait()
-    sampler.refill(request(learner, 5))
+    checked: list[int] = []
+    sampler.refill(request(learner, 5), lambda published, reports: checked.append(len(reports)))
     said = sampler.generate(prompts, sampling, seeds)
     assert [(c.prompt, c.sample) for c in said] == [(p.id, i) for p in prompts for i in range(2)]
     assert all(c.version == 5 for c in said) and sampler.restarted == 0
@@ -177,7 +178,7 @@ def test_engines_that_die_are_replaced_and_change_nothing(single, config, inputs
     thread = kill_while_it_generates(-1)
     disturbed = sampler.generate(prompts, sampling, seeds)
     thread.join()
-    assert sampler.restarted == 1
+    assert sampler.restarted == 1 and checked == [2, 2], "canaries are compared again once an engine was started again"
     assert len(disturbed) == len(said) and all(same(a, b) for a, b in zip(disturbed, said, strict=True))
 
     thread = kill_while_it_generates(-1)

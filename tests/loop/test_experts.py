@@ -34,6 +34,15 @@ def test_experts_at_four_bits_with_the_torch_engine_and_a_finished_run_is_not_ru
     assert accuracy[0] == accuracy[1] and again[:2] == rows[:2]
 
 
+def test_experts_at_eight_bits_in_bfloat16_with_the_torch_engine(run):
+    """Routers' weights are float32 on both sides: rounded on one of them, two layers are 0.02 nats a token apart."""
+    settings = ("rollout.engine=torch", "rollout.format=w8a8_fp8", "model.dtype=bfloat16", "learner.zero=1")
+    _, rows = run(*settings, "model.pocket.layers=2", "steps=1")
+    assert (
+        rows[0]["sync/canary"] < 1e-6
+    )  # of whole sequences on both sides; a decoded token's bfloat16 products sum otherwise
+
+
 @pytest.mark.slow
 def test_experts_in_floats_with_vllm(run):
     _, rows = run("rollout.engine=vllm", "rollout.format=bf16")

@@ -184,20 +184,23 @@ def test_a_disk_that_is_full_at_the_step_that_diverges_is_not_why_the_run_ends(c
         monkeypatch.setattr(watched, name, lambda *_, verdict=verdict: verdict)
     scored = SimpleNamespace(values=[], timed_out=[])
     rewarder: Any = SimpleNamespace(score=lambda *_: scored)
-    here = cluster()
-    here.sampler = SimpleNamespace(generate=lambda *_: [], restarted=0)
+    here, freed = cluster(), list[bool]()
+    here.sampler = SimpleNamespace(generate=lambda *_: [], restarted=0, sleep=lambda: None)
+    here.learner.make_room = lambda: freed.append(True)
+    sleeps, config = where == "enforce", replace(config, logging=LoggingConfig(wandb="disabled", progress=False))
+    if sleeps:
+        object.__setattr__(config.rollout, "sleep", True)  # which a run on a CPU may not ask for
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         with (
             pytest.raises(DivergenceError, match="grad_norm is nan.\n.*\n.*could not be saved"),
-            Metrics.open(
-                run_dir.path, replace(config, logging=LoggingConfig(wandb="disabled", progress=False))
-            ) as metrics,
+            Metrics.open(run_dir.path, config) as metrics,
         ):
             resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
             loop.train(config, run_dir, inputs(), here, rewarder, metrics, watched)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert freed == [True] * sleeps, "where engines sleep beside it, the learner gives its memory back"
 
 
 def test_a_run_that_goes_on_has_no_summary_until_it_ends_again(config, monkeypatch):

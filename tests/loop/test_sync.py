@@ -35,14 +35,16 @@ class Sampler:
     def __init__(self, learner: Learner) -> None:
         self.learner, self.engine = learner, learner.engine
 
-    def refill(self, request):
+    def refill(self, request, check):
         learner = self.learner
         update = learner.tamper(model_update(learner.model, formats.get("w8a8_int8"), request.version, request.n_tiles))
         reports = [self.engine.refill(update, request.sequences)]
         header = {"contract_hash": update.contract_hash, "n_bytes": update.n_bytes, "seconds": update.seconds}
         (rank,) = request.canaries.ranks
         canaries = [[np.concatenate(self._scores(m)) + np.float32(learner.error) for m in rank]]
-        return Published(**{"version": request.version, **header, **learner.header}, canaries=canaries), reports
+        published = Published(**{"version": request.version, **header, **learner.header}, canaries=canaries)
+        check(published, reports)
+        return published, reports
 
     def _scores(self, micro):
         return self.engine.score(np.split(micro.tokens, np.cumsum(micro.lengths)[:-1]), micro.prompt_lengths.tolist())
