@@ -1,4 +1,4 @@
-"""Evaluate: `python -m qarl.evaluate model=folder model.path=FOLDER data=NAME rollout.format=FORMAT evaluation.n=4 …`
+"""Evaluate: `python -m qarl.evaluate model=folder model.path=FOLDER data=NAME rollout.format=FORMAT …`
 
 Scores a checkpoint's `policy` folder or a hub model on the held-out set of `data`, sampled by the engine at any format:
 mean@n and pass@k with 95 % bootstrap intervals. `--multirun data=A,B rollout.format=bf16,w8a8_int8` makes the table. Each
