@@ -37,7 +37,8 @@ class Memory:
     step: float
     """What is live besides while the optimizer steps: a temporary of AdamW's, and gradients in the model's dtype. So ZeRO-1 on one
     rank holds 24 bytes a weight of a BF16 model, as was measured on an H200 (24.03 at the peak of a step, two models,
-    where DeepSpeed reduced gradients in the model's dtype: benchmarks/results/learner_h200.json). Under ZeRO-3, by its code: a temporary and a copy of the gradient, a group at a time."""
+    where DeepSpeed reduced gradients in the model's dtype: benchmarks/results/learner_h200.json). Under ZeRO-3, by its code: a
+    temporary and a copy of the gradient, a group at a time."""
     gathered: float
     """The largest decoder layer, whole, in the model's dtype: what ZeRO-3 holds while it computes."""
     codes: float
