@@ -6,11 +6,27 @@ logits it takes the lower expert, torch any.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+
+def routed(
+    hidden: Tensor,
+    weight: Tensor,
+    top_k: int,
+    normalize: bool,
+    choose: Callable[..., tuple[Tensor, Tensor]] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden [*, H], weight [E, H] -> logits [T, E], weights float32 and experts [T, top_k], by `top_experts` where nothing else is
+    said. As transformers computes it, but the weights stay float32, as in vLLM: experts that quantize their inputs multiply by
+    them before they round."""
+    logits = F.linear(hidden.reshape(-1, weight.shape[-1]), weight)
+    return logits, *(choose or top_experts)(logits, top_k, normalize)
 
 
 def top_experts(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:

@@ -173,8 +173,7 @@ class Sampler:
     def __init__(self, config: RunConfig, model: str, bridge: Bridge) -> None:
         self._config, self._bridge = config, bridge
         self._arguments = engine_arguments(config, model)
-        self._request: SyncRequest | None = None
-        self._check: Check | None = None
+        self._asked: tuple[SyncRequest, Check] | None = None
         self._engines = [EngineActors(config, index) for index in range(config.rollout.replicas)]
         self._starting = [engine.start(self._arguments) for engine in self._engines]
         self.restarted = 0
@@ -188,7 +187,7 @@ class Sampler:
     def refill(self, request: SyncRequest, check: Check = lambda *_: None) -> tuple[Published, list[RefillReport]]:
         """Every engine takes the learner's weights and proves them. `check` holds both sides' words against each other, now and
         whenever an engine is started again at this version. Raises `SyncError`, as it does."""
-        self._request, self._check = request, check
+        self._asked = request, check
         while True:
             published, found = self._bridge.deliver(self._engines, request)
             if not self._replace_dead(found):
@@ -223,8 +222,8 @@ class Sampler:
         return found
 
     def _refill_again(self) -> None:
-        if self._request and self._check:
-            self.refill(self._request, self._check)
+        if self._asked:
+            self.refill(*self._asked)
 
     def _connect(self) -> None:
         """Lines to all engines, also where one dies as it calls."""

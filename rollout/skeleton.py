@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -21,7 +20,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 from qarl.formats import QuantFormat, Shape
 from qarl.fusion import covered_shapes, engine_name, fuse
 from qarl.kernels.dispatch import load
-from qarl.kernels.router import top_experts
+from qarl.kernels.router import routed
 from qarl.kernels.routing import collect, route, row_weights, spread
 from qarl.wire import Specs, published_specs
 
@@ -93,10 +92,8 @@ class Skeleton:
 
 
 def _choose(router: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As transformers, but weights stay float32: experts that quantize their inputs multiply by them before they round, as the
-    aligned learner's do (`trainer.chain.Router`)."""
-    logits = F.linear(hidden.reshape(-1, router.hidden_dim), router.weight)
-    return logits, *top_experts(logits, router.top_k, router.norm_topk_prob)
+    """As an aligned learner's."""
+    return routed(hidden, router.weight, router.top_k, router.norm_topk_prob)
 
 
 class CodeLinear(nn.Module):

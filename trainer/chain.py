@@ -21,7 +21,7 @@ from qarl.errors import ConfigError
 from qarl.kernels.attention import CPU_HEADS
 from qarl.kernels.norm import fused_rms_norm
 from qarl.kernels.rotary import ROPE_TYPES, engine_rotary, rotary_table
-from qarl.kernels.router import engine_top_experts, top_experts
+from qarl.kernels.router import engine_top_experts, routed, top_experts
 from qarl.trainer.attention import PACKED_ENGINE
 
 ARCHITECTURES = ("llama", "qwen3", "qwen3_moe")
@@ -120,8 +120,7 @@ class Router:
     def __call__(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """hidden [*, H] -> logits [T, E], weights float32 and experts [T, top_k]."""
         module = self.module
-        logits = F.linear(hidden.reshape(-1, module.hidden_dim), module.weight)
-        return logits, *self.choose(logits, module.top_k, module.norm_topk_prob)
+        return routed(hidden, module.weight, module.top_k, module.norm_topk_prob, self.choose)
 
 
 class _Norm:
