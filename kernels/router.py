@@ -15,20 +15,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def routed(
-    hidden: Tensor,
-    weight: Tensor,
-    top_k: int,
-    normalize: bool,
-    choose: Callable[..., tuple[Tensor, Tensor]] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden [*, H], weight [E, H] -> logits [T, E], weights float32 and experts [T, top_k], by `top_experts` where nothing else is
-    said. As transformers computes it, but the weights stay float32, as in vLLM: experts that quantize their inputs multiply by
-    them before they round."""
-    logits = F.linear(hidden.reshape(-1, weight.shape[-1]), weight)
-    return logits, *(choose or top_experts)(logits, top_k, normalize)
-
-
 def top_experts(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
     """logits [T, E] -> weights float32 and experts, integers, both [T, top_k], the largest first.
 
@@ -38,6 +24,20 @@ def top_experts(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Te
     if normalize:
         weights = weights / weights.sum(-1, keepdim=True)
     return weights, experts
+
+
+def routed(
+    hidden: Tensor,
+    weight: Tensor,
+    top_k: int,
+    normalize: bool,
+    choose: Callable[..., tuple[Tensor, Tensor]] = top_experts,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden [*, H], weight [E, H] -> logits [T, E], weights float32 and experts [T, top_k], chosen by `choose`.
+    As transformers computes it, but the weights stay float32, as in vLLM: experts that quantize their inputs multiply by
+    them before they round."""
+    logits = F.linear(hidden.reshape(-1, weight.shape[-1]), weight)
+    return logits, *choose(logits, top_k, normalize)
 
 
 @torch.compiler.disable
