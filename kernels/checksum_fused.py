@@ -35,6 +35,12 @@ def add_words(words: Tensor, total: Tensor) -> Tensor:
 def _add_words_kernel(words, total, n_words, BLOCK: tl.constexpr, STEPS: tl.constexpr):
     """words int64 [n_words], total int64 []: STEPS blocks a program."""
     start = tl.program_id(0).to(tl.int64) * (BLOCK * STEPS)
+    tl.atomic_add(total, _sum(words, start, n_words, BLOCK, STEPS), sem="relaxed")
+
+
+@triton.jit
+def _sum(words, start, n_words, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+    """int64: Σ mix(word + key(position)) of STEPS blocks from `start` on, as far as there are words."""
     at = tl.arange(0, BLOCK)
     # Multiplications are what a word costs: the keys of later blocks are this one's plus a constant.
     keys = (start + at).to(tl.uint64) * _GOLDEN
@@ -47,7 +53,7 @@ def _add_words_kernel(words, total, n_words, BLOCK: tl.constexpr, STEPS: tl.cons
         x = (x ^ (x >> 33)) * _SECOND
         parts += tl.where(there, x, 0)
         keys += BLOCK * _GOLDEN % 2**64
-    tl.atomic_add(total, tl.sum(parts, 0).to(tl.int64, bitcast=True), sem="relaxed")
+    return tl.sum(parts, 0).to(tl.int64, bitcast=True)
 
 
 def add_tables(pointers: Tensor, counts: Tensor, owners: Tensor, firsts: Tensor, totals: Tensor) -> Tensor:
@@ -71,14 +77,7 @@ def _add_tables_kernel(pointers, counts, owners, firsts, totals, BLOCK: tl.const
     start = tl.load(firsts + tl.program_id(0))
     words = tl.multiple_of(tl.load(pointers + owner), 16).to(tl.pointer_type(tl.int64))
     n_words = tl.load(counts + owner)
-    parts = tl.zeros([BLOCK], tl.uint64)
-    at = tl.arange(0, BLOCK)
-    for step in tl.static_range(STEPS):
-        first = start + step * BLOCK
-        there = at < tl.minimum(n_words - first, BLOCK)
-        x = tl.load(words + first + at, there, other=0).to(tl.uint64, bitcast=True)
-        parts += tl.where(there, mixed(x, first + at), 0)
-    tl.atomic_add(totals + owner, tl.sum(parts, 0).to(tl.int64, bitcast=True), sem="relaxed")
+    tl.atomic_add(totals + owner, _sum(words, start, n_words, BLOCK, STEPS), sem="relaxed")
 
 
 @triton.jit
