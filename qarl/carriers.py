@@ -29,8 +29,6 @@ class SharedMemory:
 
     def __init__(self, buffers: Sequence[Tensor]) -> None:
         self.buffers = buffers
-        self._sealed = [torch.cuda.Event() for _ in buffers]
-        """Where a stream stood when it had written a slot: what it does after is not waited for."""
 
     @classmethod
     def offer(cls, buffers: Sequence[Tensor], peers: Sequence[Connection], host: str) -> SharedMemory:
@@ -46,11 +44,8 @@ class SharedMemory:
 
     def claim(self, slot: int) -> None: ...
 
-    def seal(self, slot: int) -> None:
-        self._sealed[slot].record(torch.cuda.current_stream(self.buffers[slot].device))
-
     def push(self, slot: int, n_bytes: int) -> None:
-        self._sealed[slot].synchronize()
+        torch.cuda.current_stream(self.buffers[slot].device).synchronize()
 
     def pull(self, slot: int, n_bytes: int) -> None: ...
 
@@ -99,8 +94,6 @@ class Broadcast:
     def claim(self, slot: int) -> None:
         if self._sending[slot]:
             _wait(self._sending[slot])
-
-    def seal(self, slot: int) -> None: ...
 
     def push(self, slot: int, n_bytes: int) -> None:
         self._sending[slot] = self._broadcast(slot, n_bytes)

@@ -179,11 +179,8 @@ class Carrier(Protocol):
     def claim(self, slot: int) -> None:
         """Sender: the slot, which receivers released, may be written by work queued from now on."""
 
-    def seal(self, slot: int) -> None:
-        """Sender: all that will be pushed was written to the slot, or is queued to be; work queued from now on only reads it."""
-
     def push(self, slot: int, n_bytes: int) -> None:
-        """Sender: what was written to the slot before it was sealed becomes readable to all receivers."""
+        """Sender: what was written to the slot so far becomes readable to all receivers."""
 
     def pull(self, slot: int, n_bytes: int) -> None:
         """Receiver: the slot may be read, by work queued from now on."""
@@ -229,15 +226,14 @@ class Outlet:
         """All parts of this tensor are written, or queued to be."""
         self._done += 1
         if self._done == len(self._rooms[self._bucket]):
-            self.carrier.seal(self._bucket % SLOTS)
-            self._sums.append(self._fixed[self._bucket].pending())  # on one GPU the engine reads the slot meanwhile
+            self._sums.append(self._fixed[self._bucket].pending())
             if self._bucket == 0:
                 self._await_release()  # engines have agreed to the contract: none will refuse and leave a broadcast waiting
             self.carrier.push(self._bucket % SLOTS, self.plan.size(self._bucket))
             self._tell(self._bucket)
 
     def checksums(self) -> dict[str, dict[str, int]]:
-        """Of all parts, as they were when their bucket was sealed."""
+        """Of all parts, as they were when their bucket was pushed."""
         return named_sums(self.plan.specs, torch.cat(self._sums))
 
     def announce(self, manifest: Manifest) -> None:

@@ -14,7 +14,6 @@ from qarl import carriers
 from qarl.errors import SyncError
 from qarl.formats import Shape, get
 from qarl.fusion import module_of
-from qarl.kernels.checksum import checksum
 from qarl.transfer import SLOTS, Address, Door, Inlet, Manifest, Outlet, PeerLost, Plan, dial
 from qarl.wire import Spec, published_specs
 
@@ -137,8 +136,6 @@ class Shared:
 
     def claim(self, slot: int) -> None: ...
 
-    def seal(self, slot: int) -> None: ...
-
     def push(self, slot: int, n_bytes: int) -> None: ...
 
     def pull(self, slot: int, n_bytes: int) -> None: ...
@@ -156,35 +153,6 @@ def test_a_buffer_that_both_sides_have_is_not_written_before_it_was_read(plan):
         reading = in_thread(partial(read, inlet, version, pause=0.01))
         fill(outlet, version)
         assert reading.result(20) == len(plan.specs)
-
-
-class Careless(Shared):
-    """Spoils each slot between sealing and pushing it."""
-
-    def __init__(self, buffers: Sequence[torch.Tensor]) -> None:
-        super().__init__(buffers)
-        self.sealed: list[int] = []
-
-    def seal(self, slot: int) -> None:
-        self.sealed.append(slot)
-
-    def push(self, slot: int, n_bytes: int) -> None:
-        assert self.sealed[-1] == slot
-        self.buffers[slot].zero_()
-
-
-def test_checksums_are_of_what_was_sealed(plan):
-    mine, theirs = Pipe()
-    buffers = carriers.staging(plan.capacity, CPU)
-    carrier = Careless(buffers)
-    outlet, inlet = Outlet(plan, carrier, [mine]), Inlet(theirs, Shared(buffers))
-    reading = in_thread(lambda: (list(inlet.begin().buckets()), inlet.manifest()))
-    fill(outlet, version=1)
-    reading.result(20)
-    assert carrier.sealed == [i % SLOTS for i in range(len(plan.buckets))]
-    for i, (name, sums) in enumerate(outlet.checksums().items()):
-        for part, found in sums.items():
-            assert found == checksum(torch.full((plan.specs[name][part].n_bytes,), (1 + i) % 251, dtype=torch.uint8))
 
 
 def test_an_engine_that_dies_before_its_line_stands_is_not_waited_for(plan):
