@@ -126,6 +126,11 @@ class Objective:
                 "algorithm.objective.constant_tokens: normaliser 'constant' needs a positive one, "
                 f"got {self.constant_tokens}"
             )
+        if self.normaliser != "constant" and self.constant_tokens is not None:
+            raise ConfigError(
+                "algorithm.objective.constant_tokens: read by normaliser 'constant' alone, but normaliser is "
+                f"{self.normaliser!r}, got {self.constant_tokens}"
+            )
 
 
 def icepop(alpha: float = 0.5, beta: float = 5.0) -> Correction:

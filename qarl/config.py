@@ -1,5 +1,7 @@
 """The configuration: every key, its default, its meaning and its checks, as one tree of frozen dataclasses.
 
+Two branches stand where they are used: `algorithm.objective` in `qarl/algorithm.py`, `rollout.sampling` in `qarl/records.py`.
+
 Hydra composes YAML into a plain mapping, `qarl.build` makes this tree of it. Defaults live here only. No torch.
 """
 
@@ -87,8 +89,16 @@ class PocketConfig:
             "head_dim",
             "context",
             "max_digits",
+            "batch_size",
+            "muon_lr",
+            "adam_lr",
         ):
             _positive(f"model.pocket.{name}", getattr(self, name))
+        _not_negative("model.pocket.steps", self.steps)
+        _require(
+            0 <= self.worked_share <= 1,
+            f"model.pocket.worked_share: must be at least 0 and at most 1, got {self.worked_share}",
+        )
         _require(
             2 <= self.min_terms <= self.max_terms,
             f"model.pocket.min_terms: must be 2 at least and model.pocket.max_terms = {self.max_terms} at most, got "
@@ -129,6 +139,10 @@ class ModelConfig:
         _positive("model.max_tokens", self.max_tokens)
         given = [k for k, v in {"path": self.path, "gguf": self.gguf, "pocket": self.pocket}.items() if v]
         _require(len(given) == 1, f"model: give exactly one of path, gguf, pocket; got {given or 'none'}")
+        _require(
+            self.revision is None or bool(self.path),
+            f"model.revision: {self.revision!r} is of a hub model, but model.path is empty",
+        )
 
 
 @dataclass(frozen=True)
@@ -317,7 +331,8 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     """Decoupled."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """After the warm-up; `linear` and `cosine` end at `min_lr_ratio` of the peak with the run's last step."""
+    """After the warm-up; `linear` and `cosine` end at `min_lr_ratio` of the peak with the run's last step, unless
+    `guard.correct` skipped updates."""
     warmup: int = 0
     """Optimizer steps of linear warm-up."""
     min_lr_ratio: float = 0.1

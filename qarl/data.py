@@ -79,6 +79,8 @@ def _procedural(config: DatasetConfig, key: str) -> Iterator[dict]:
         raise ConfigError(f"{key}.source: unknown reasoning-gym task {task!r}{nearest(task, DATASETS)}")
     if config.size is None:
         raise ConfigError(f"{key}.size: must be given, {config.source} has no end")
+    if config.split != "train":
+        raise ConfigError(f"{key}.split: {config.split!r}, but a task has no splits")
     known = {field.name for field in dataclasses.fields(DATASETS[task][1])} - {"size", "seed"}
     for name in config.options:
         if name not in known:
@@ -131,7 +133,8 @@ def _load_dataset(path: str, config: DatasetConfig, key: str, **options) -> Iter
     try:
         return datasets.load_dataset(path, split=config.split, **options)
     except Exception as error:  # it raises whatever its readers and the network raise
-        where = f"{key}.split: {config.split!r}" if "split" in str(error) else f"{key}.source: {config.source!r}"
+        of_split = "split" in str(error).replace(config.source, "")
+        where = f"{key}.split: {config.split!r}" if of_split else f"{key}.source: {config.source!r}"
         raise ConfigError(f"{where} of {config.source!r} cannot be loaded: {type(error).__name__}: {error}") from error
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from qarl.build import to_mapping
 from qarl.cli import launch
 from qarl.config import RunConfig
+from qarl.errors import ConfigError
 
 DECIDE = ("model", "data", "rollout", "reward", "evaluation", "seed")
 """Keys and groups of the configuration that the scores depend on."""
@@ -29,6 +30,8 @@ def evaluate(config: RunConfig) -> None:
     from qarl.rewards import Rewarder
     from qarl.rundir import write_atomically
 
+    if config.plan:
+        raise ConfigError("plan: true, but only qarl.train prints one: an evaluation has no learner to make room for")
     settings = config.evaluation
     model, prompts, overlong = prepare_evaluation(config)
     if overlong:

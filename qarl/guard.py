@@ -88,6 +88,9 @@ WATCHES = {
 }
 """Name of a limit, in `guard.warn`, `guard.correct` and `guard.stop` -> what is watched."""
 
+LEAST_ENTROPY = 1e-12
+"""Nats a token: less counts as this much, so that the fall to none at all is a number."""
+
 
 class Guard:
     """Owns what it remembers between steps: `state` goes into checkpoints, so that a resumed run is judged as a whole one."""
@@ -131,9 +134,10 @@ class Guard:
         nor interrupts a row of steps."""
         left_out = row["reward/timeouts"] if "timeouts" in self._corrected else 0.0
         own = {"guard/corrections": float(len(self._corrected)), "guard/left_out": left_out}
-        entropy = row.get("entropy", 0.0)
-        if entropy > 0 or math.isnan(entropy):
-            self._first_entropy = self._first_entropy or entropy
+        if "entropy" in row:
+            self._first_entropy = self._first_entropy or row["entropy"]
+        if self._first_entropy and "entropy" in row:
+            entropy = LEAST_ENTROPY if row["entropy"] < LEAST_ENTROPY else row["entropy"]
             own["guard/entropy_drift"] = max(entropy / self._first_entropy, self._first_entropy / entropy)
         seen = {**row, **own}
         measured = {name: seen[watch.metric] for name, watch in WATCHES.items() if watch.metric in seen}

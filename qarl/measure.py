@@ -10,7 +10,7 @@ import torch
 
 from qarl.error_tokens import error_token_metrics
 from qarl.mismatch import mismatch_statistics
-from qarl.objectives import combine, finalize
+from qarl.objectives import combine, finalize, largest
 from qarl.records import Sample, UpdateStats
 from qarl.rewards import Rewards
 from qarl.stages import Stages
@@ -75,7 +75,7 @@ def update_metrics(updates: Sequence[UpdateStats]) -> dict[str, float]:
     return {
         **finalize(sums),
         "objective/kl_step": step_kl(updates),
-        "grad_norm": _largest([u.grad_norm for u in updates]),
+        "grad_norm": largest([u.grad_norm for u in updates]),
         "lr": updates[-1].lr,
         **seconds,
     }
@@ -83,12 +83,7 @@ def update_metrics(updates: Sequence[UpdateStats]) -> dict[str, float]:
 
 def step_kl(updates: Sequence[UpdateStats]) -> float:
     """Largest KL(published || current learner) that an update of one rollout began with, nats a token."""
-    return _largest([finalize(u.sums)["objective/kl_step"] for u in updates])
-
-
-def _largest(values: Sequence[float]) -> float:
-    """NaN where one is."""
-    return max(values, key=lambda v: (v != v, v))
+    return largest([finalize(u.sums)["objective/kl_step"] for u in updates])
 
 
 def _packed(parts: Sequence[np.ndarray]) -> torch.Tensor:

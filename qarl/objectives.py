@@ -5,7 +5,7 @@ Layout: see `qarl.packed`. Everything is computed in float64: T numbers cost not
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -198,11 +198,17 @@ def combine(parts: Sequence[Mapping[str, Tensor | float]]) -> dict[str, float]:
     """`SUMS` of micro-batches, ranks or optimizer steps -> `SUMS` of them together; the order does not matter."""
     rows = [torch.stack([torch.as_tensor(part[name]).double() for name in SUMS]).tolist() for part in parts]
     columns = zip(SUMS, zip(*rows, strict=True), strict=True) if rows else ((name, (0.0,)) for name in SUMS)
-    return {name: max(column) if name == "ratio_max" else math.fsum(column) for name, column in columns}
+    return {name: largest(column) if name == "ratio_max" else math.fsum(column) for name, column in columns}
+
+
+def largest(values: Iterable[float]) -> float:
+    """NaN where one is."""
+    return max(values, key=lambda v: (v != v, v))
 
 
 def finalize(sums: Mapping[str, float]) -> dict[str, float]:
-    """Combined `SUMS` -> metrics. Clip fractions are shares of the units of that sign; a share of nothing is 0."""
+    """Combined `SUMS` -> metrics. Clip fractions are shares of the units of that sign; a share of nothing is 0, but nothing
+    has no entropy."""
 
     def share(part: str, whole: str) -> float:
         return sums[part] / sums[whole] if sums[whole] else 0.0
@@ -219,7 +225,7 @@ def finalize(sums: Mapping[str, float]) -> dict[str, float]:
         "objective/kl": share("kl", "tokens"),
         "objective/kl_step": share("kl_step", "tokens"),
         "objective/dropped_sequences": sums["dropped"],
-        "entropy": share("entropy", "tokens"),
+        **({"entropy": sums["entropy"] / sums["tokens"]} if sums["tokens"] else {}),
         "error_tokens/gradient": share("error_gradient", "gradient"),
         **_error_metrics(sums),
     }

@@ -194,11 +194,15 @@ class _Worker:
         return f"its worker ended with code {self.process.exitcode}" if self.pending else None
 
 
+WARM_UP = (r"\boxed{\frac{1}{2}}", "1/2")
+"""A response and an answer that `math` has to parse."""
+
+
 def _serve(pipe: Connection, score: Score, config: RewardConfig) -> None:
     """The life of a worker: `None` once it is warm, then a reward or a reason for each response."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's, which ends its workers
     try:
-        score("1", "1", {})  # the imports and caches of the first call, before any deadline runs
+        score(*WARM_UP, {})  # the imports and caches of the first call, before any deadline runs
     except Exception:
         pass  # a scorer may want extras; what is wrong with real responses is reported with them
     limit = psutil.Process().memory_info().vms + config.memory_mb * 2**20

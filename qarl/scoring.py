@@ -27,7 +27,8 @@ def exact(response: str, answer: str, extras: Mapping[str, object]) -> float:
 
 
 def math(response: str, answer: str, extras: Mapping[str, object]) -> float:
-    """1 where math-verify finds the last `\\boxed{}`, or without one the last number or expression, equal to `answer`.
+    """1 where math-verify finds the last `\\boxed{}` equal to `answer`, or without one what it takes for the response's answer:
+    what follows "answer is", else the last number or expression.
 
     `answer` is LaTeX or a number; of GSM8K's worked answers, what follows `####`. Raises `ValueError` where it is no
     mathematics (nothing could ever equal it), and `MemoryError`; whatever else a response does to the parser makes it

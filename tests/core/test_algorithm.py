@@ -57,6 +57,7 @@ def test_objectives_cannot_be_changed():
         (lambda: replace(grpo(), kl_coefficient=-1.0), "algorithm.objective.kl_coefficient"),
         (lambda: replace(grpo(), entropy_coefficient=math.inf), "algorithm.objective.entropy_coefficient"),
         (lambda: replace(grpo(), normaliser="constant"), "algorithm.objective.constant_tokens"),
+        (lambda: replace(grpo(), constant_tokens=64), "algorithm.objective.constant_tokens"),
         (lambda: replace(grpo(), normaliser="mean"), "algorithm.objective.normaliser"),  # type: ignore[arg-type]
         (lambda: replace(grpo(), ratio="batch"), "algorithm.objective.ratio"),  # type: ignore[arg-type]
         (lambda: replace(grpo(), kl_estimator="k4"), "algorithm.objective.kl_estimator"),  # type: ignore[arg-type]

@@ -38,13 +38,36 @@ def test_every_sequence_is_packed_once_within_the_budget(lengths, ranks, tokens)
 
 @settings(deadline=None)
 @given(lengths_strategy, st.integers(1, 3), st.integers(50, 120))
-def test_no_more_micro_batches_than_first_fit_decreasing_guarantees(lengths, ranks, tokens):
-    """FFD needs at most 11/9 of the optimum plus 6/9 (Dósa 2007), and no packing does with less than the sum over the budget."""
+def test_micro_batches_are_no_more_than_twice_what_the_tokens_need(lengths, ranks, tokens):
     n = sum(len(rank) for rank in spread(lengths, ranks, tokens))
     crowded = sum(length > tokens / 2 for length in lengths)
     enough = max(-(-sum(lengths) // tokens), crowded)
     assert n >= enough
     assert n <= 2 * max(enough, 1) + ranks
+
+
+def fewest(lengths, tokens, rooms=()):
+    """Bins of the best packing: each length in turn into every bin that has room, or into one more."""
+    if not lengths:
+        return len(rooms)
+    first, *rest = lengths
+    tried = {
+        tuple(sorted((*rooms[:i], room - first, *rooms[i + 1 :]))) for i, room in enumerate(rooms) if room >= first
+    }
+    return min(fewest(rest, tokens, rooms) for rooms in tried | {tuple(sorted((*rooms, tokens - first)))})
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=7))
+def test_packing_is_as_near_to_the_best_as_first_fit_decreasing_guarantees(lengths):
+    """11/9 of the optimum plus 6/9 (Dósa 2007)."""
+    assert len(spread(lengths, 1, 12)[0]) <= (11 * fewest(lengths, 12) + 6) // 9
+
+
+def test_short_sequences_fill_the_room_that_long_ones_leave():
+    """Taken one after the other, or longest first but into the last bin alone, they would need six and four."""
+    assert len(spread([6, 6, 6, 4, 4, 4], 1, 10)[0]) == 3
+    assert len(spread([6, 4, 6, 4, 6, 4], 1, 10)[0]) == 3
 
 
 def test_ranks_get_even_loads():

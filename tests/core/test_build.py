@@ -69,6 +69,10 @@ ROOT = Path(__file__).resolve().parents[2]
         ({"evaluation": {"prompts": 0}}, "evaluation.prompts: must be positive"),
         ({"evaluation": {"n": 0}}, "evaluation.n: must be positive"),
         ({"evaluation": {"n": 4}}, "evaluation.n: 4 greedy completions of a prompt are one and the same"),
+        ({"model": {"pocket": {"batch_size": 0}}}, "model.pocket.batch_size: must be positive, got 0"),
+        ({"model": {"pocket": {"steps": -1}}}, "model.pocket.steps: must not be negative, got -1"),
+        ({"model": {"pocket": {"worked_share": 2.0}}}, "model.pocket.worked_share: .* at most 1, got 2.0"),
+        ({"model": {"revision": "abc"}}, "model.revision: 'abc' is of a hub model"),
         ({"model": {"pocket": {"min_terms": 8}}}, r"model.pocket.min_terms: .* 6 at most, got 8"),
         (
             {"model": {"pocket": {}}, "data": {"train": {"source": "reasoning_gym:chain_sum", "template": "{prompt}"}}},

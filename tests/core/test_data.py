@@ -92,7 +92,8 @@ def test_a_hub_name_that_does_not_exist_is_named(monkeypatch):
         raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{path}' doesn't exist on the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    refused(DatasetConfig(source="no/such"), "data.train.source: 'no/such'", "doesn't exist on the Hub")
+    for name in ("no/such", "no/splitting-headaches"):
+        refused(DatasetConfig(source=name), f"data.train.source: '{name}'", "doesn't exist on the Hub")
 
 
 def test_procedural_rows_are_those_of_reasoning_gym():
@@ -119,6 +120,7 @@ def test_procedural_mistakes_are_named():
         "countdown",
     )
     refused(replace(good, size=None), "data.train.size: must be given")
+    refused(replace(good, split="test"), "data.train.split: 'test', but a task has no splits")
     refused(replace(good, options={"max_term": 3}), "data.train.options.max_term", "did you mean 'max_terms'")
     refused(replace(good, options={"seed": 3}), "data.train.options.seed")
     refused(replace(good, options={"min_terms": 5, "max_terms": 2}), "data.train.options", "chain_sum")

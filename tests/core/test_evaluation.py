@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qarl.errors import ConfigError
 from qarl.evaluate import evaluate
 from qarl.evaluation import Evaluation, interval, pass_at_k, summary
 from qarl.seeds import completion_seeds, mini_batch_order
@@ -107,6 +108,12 @@ def test_an_evaluation_replaces_that_of_the_same_settings_alone(evaluated):
     for already, other in enumerate(others, 1):
         assert len(evaluated(*other.split())) == already + 1, other
     assert {record["model"] for record in evaluated()} == {"a", "b"}
+
+
+def test_a_plan_of_an_evaluation_is_refused(evaluated, tmp_path):
+    with pytest.raises(ConfigError, match=r"^plan: true, but only qarl.train prints one"):
+        evaluated("plan=true")
+    assert not Path(tmp_path, "e").exists()
 
 
 def test_rows_left_out_of_an_evaluation_are_said_and_recorded(evaluated, capsys):

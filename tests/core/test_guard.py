@@ -12,7 +12,7 @@ import pytest
 from qarl.build import build, check_keys
 from qarl.config import AlgorithmConfig, CorrectLimits, GuardConfig, Limits, RunConfig
 from qarl.errors import DivergenceError
-from qarl.guard import WATCHES, Guard
+from qarl.guard import LEAST_ENTROPY, WATCHES, Guard
 from qarl.loop import learn
 from qarl.metrics import METRICS
 from qarl.objectives import SUMS
@@ -215,6 +215,22 @@ def test_entropy_drift_is_a_factor_to_either_side_of_the_first_step_that_learnt(
         DivergenceError, match="guard/entropy_drift was 5 in 1 steps in a row, guard.stop.entropy_drift=4"
     ):
         watcher.enforce()
+
+
+@pytest.mark.parametrize("entropy", [0.0, -0.0, 1e-20])
+def test_entropy_that_falls_to_nothing_is_beyond_every_factor_and_a_number(entropy):
+    watcher = guard(stop={"entropy_drift": 1e6}, patience=1)
+    watcher.look(0, FINE | {"entropy": 0.5})
+    assert watcher.look(1, FINE | {"entropy": entropy})["guard/entropy_drift"] == 0.5 / LEAST_ENTROPY
+    with pytest.raises(DivergenceError, match="guard/entropy_drift"):
+        watcher.enforce()
+
+
+def test_a_first_step_without_entropy_is_no_measure():
+    watcher = guard(stop={"entropy_drift": 2.0}, patience=1)
+    assert "guard/entropy_drift" not in watcher.look(0, FINE | {"entropy": 0.0})
+    assert watcher.look(1, FINE | {"entropy": 0.5})["guard/entropy_drift"] == 1
+    watcher.enforce()
 
 
 def test_a_resumed_guard_judges_as_the_one_that_was_not_interrupted():

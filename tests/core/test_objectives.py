@@ -204,7 +204,14 @@ def test_tbpo_gradient_equals_the_formula_token_by_token():
 def test_gradcheck_with_kl_and_entropy(estimator, ratio, normaliser):
     batch = make_batch((3, 0, 2))
     objective = Objective(
-        ratio, Bounds(2.0, 0.9, 3.0), normaliser, icepop(), 0.3, estimator, entropy_coefficient=0.1, constant_tokens=4
+        ratio,
+        Bounds(2.0, 0.9, 3.0),
+        normaliser,
+        icepop(),
+        0.3,
+        estimator,
+        entropy_coefficient=0.1,
+        constant_tokens=4 if normaliser == "constant" else None,
     )
 
     def loss(logprobs: Tensor, entropies: Tensor) -> Tensor:
@@ -538,6 +545,17 @@ def test_combine_adds_everything_but_the_largest_ratio():
     part = dict.fromkeys(SUMS, 2.0)
     assert combine([part, {**part, "ratio_max": 5.0}]) == {**dict.fromkeys(SUMS, 4.0), "ratio_max": 5.0}
     assert combine([]) == dict.fromkeys(SUMS, 0.0)
+
+
+@pytest.mark.parametrize("ratios", [(1.0, math.nan), (math.nan, 1.0)])
+def test_a_ratio_that_is_not_a_number_is_the_largest_wherever_it_stands(ratios):
+    assert math.isnan(combine([dict.fromkeys(SUMS, 0.0) | {"ratio_max": ratio} for ratio in ratios])["ratio_max"])
+
+
+def test_no_tokens_have_no_entropy():
+    sums = dict.fromkeys(SUMS, 0.0)
+    assert "entropy" not in finalize(sums)
+    assert finalize(sums | {"tokens": 3.0})["entropy"] == 0
 
 
 def test_shares_of_nothing_are_zero():

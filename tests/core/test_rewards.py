@@ -17,7 +17,7 @@ from qarl.config import DatasetConfig, RewardConfig
 from qarl.data import load_rows
 from qarl.errors import ConfigError
 from qarl.records import Prompt
-from qarl.rewards import CHUNK, Rewarder
+from qarl.rewards import CHUNK, WARM_UP, Rewarder
 
 HERE = str(Path(__file__).parent)
 
@@ -49,6 +49,7 @@ RIGHT = [
     (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
     (r"\boxed{1} was wrong, it is \boxed{2}", "2"),
     (r"\boxed{2}, which I checked in 3 ways", "2"),
+    ("final answer is 12. No wait, 13", "12"),
     (r"\boxed{(x+1)^2}", "x^2+2x+1"),
     (r"\boxed{\{1, 2\}}", r"\{2, 1\}"),
     ("1,234", "1234"),
@@ -59,6 +60,7 @@ WRONG = [
     ("", "42"),
     ("41", "42"),
     ("42 and then 43", "42"),
+    ("final answer is 12. No wait, 13", "13"),
     (r"\boxed{42} no, \boxed{43}", "42"),
     (r"\boxed{} 42", "42"),
     ("no number at all", "42"),
@@ -208,6 +210,15 @@ def test_starting_a_worker_does_not_count_against_its_first_response(hostile):
     with Rewarder(RewardConfig(workers=1, timeout_s=0.5), score=hostile.act) as rewarder:
         rewards = rewarder.score(["exit", "exit", "exit", "yes"], [prompt("yes")] * 4)
     assert (rewards.values.tolist(), rewards.crashes, rewards.timeouts) == ([0.0, 0.0, 0.0, 1.0], 3, 0)
+
+
+def test_a_worker_that_is_warm_has_parsed(monkeypatch):
+    """An integer would not be: `math` compares those without its parser, whose imports and caches take longer than a parse."""
+    parsed = []
+    parse = scoring._parse
+    monkeypatch.setattr(scoring, "_parse", lambda text: parsed.append(text) or parse(text))
+    assert scoring.math(*WARM_UP, {}) == 1
+    assert WARM_UP[0] in parsed
 
 
 def test_a_scorer_that_cannot_start_ends_the_run_instead_of_starting_for_ever(hostile):
