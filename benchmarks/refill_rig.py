@@ -147,7 +147,8 @@ class Rig:
         if self.outlet:
             self.outlet.close()
         self.pipe.send(("connect", self.door.address))
-        self.outlet = carriers.answer(self.door, self.carrier, 1, self.publisher.plan, device())
+        buffers = carriers.staging(self.publisher.plan.capacity, device())
+        self.outlet = carriers.answer(self.door, self.carrier, 1, self.publisher.plan, buffers)
         self.publisher.hold(self.outlet)
         self.answer()
 

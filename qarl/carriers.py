@@ -70,11 +70,8 @@ class Broadcast:
         store = dist.TCPStore(host, 0, world, is_master=True, wait_for_workers=False, timeout=_TIMEOUT)
         for rank, peer in enumerate(peers, start=1):
             peer.send((host, store.port, rank, world, len(buffers[0])))
-        try:
-            for peer in peers:
-                peer.recv()  # it has its buffers: who does not come this far must not be waited for below
-        except (OSError, EOFError) as gone:
-            raise PeerLost(f"an engine is gone before its line stood: {gone}") from gone
+        for peer in peers:
+            peer.recv()  # it has its buffers: who does not come this far must not be waited for below
         return cls(buffers, _group(store, 0, world, buffers[0].device)).met()
 
     @classmethod
@@ -119,14 +116,22 @@ class Broadcast:
 CARRIERS: dict[str, type[SharedMemory | Broadcast]] = {"ipc": SharedMemory, "broadcast": Broadcast}
 
 
-def answer(door: Door, kind: str, n: int, plan: Plan, device: torch.device, buffers: Sequence[Tensor] = ()) -> Outlet:
-    """The learner's end of lines to `n` engines, which call at the same time. `buffers`: those of lines before, of that plan."""
+def answer(door: Door, kind: str, n: int, plan: Plan, buffers: Sequence[Tensor]) -> Outlet:
+    """The learner's end of lines to `n` engines, which call at the same time. `buffers`: `staging` of that plan, or those of lines
+    before.
+
+    Raises `TimeoutError` where they do not call, `PeerLost` where one dies before its line stands.
+    """
     peers = door.accept(n)
-    for peer in peers:
-        peer.send(kind)
-    return Outlet(
-        plan, CARRIERS[kind].offer(buffers or staging(plan.capacity, device), peers, door.address.host), peers
-    )
+    try:
+        for peer in peers:
+            peer.send(kind)
+        carrier = CARRIERS[kind].offer(buffers, peers, door.address.host)
+    except PeerLost:
+        raise
+    except (OSError, EOFError) as gone:
+        raise PeerLost(f"an engine is gone before its line stood: {gone}") from gone
+    return Outlet(plan, carrier, peers)
 
 
 def call(address: Address, device: torch.device) -> Inlet:

@@ -41,7 +41,8 @@ def save(root: Path, state: Mapping[str, Any], write: Callable[[Path], None], ke
     """Make `root/step-N` for N = `state["step"]`, with what `write` puts into the folder it is given.
 
     Then all but the newest `keep`, where that is given, are dropped, and folders of later steps: they were passed over as
-    damaged, and this run does those steps again. What cannot be dropped, as someone reads it, is left to a later call.
+    damaged, and this run does those steps again; and drafts that a killed run left. What cannot be dropped, as someone reads it,
+    is left to a later call.
 
     A reader sees all of it or nothing. Raises `CheckpointError` where the disk refuses (full, read-only); the draft is removed
     and older checkpoints stay.
@@ -70,7 +71,7 @@ def save(root: Path, state: Mapping[str, Any], write: Callable[[Path], None], ke
     if keep is None:
         return final
     superseded = [folder for folder in _folders(root) if folder.name > final.name]
-    for old in superseded + _folders(root)[len(superseded) + keep :]:
+    for old in [*superseded, *_folders(root)[len(superseded) + keep :], *root.glob(".step-*.draft")]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -96,13 +97,21 @@ def find_damage(folder: Path) -> str | None:
         return f"{MANIFEST} does not list files with their size and SHA-256"
     for name, expected in manifest.items():
         file = folder / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, not {expected['bytes']}"
-        if _sha256(file) != expected["sha256"]:
-            return f"{name} has other contents than were written"
+        try:
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != expected["bytes"]:
+                return f"{name} has {file.stat().st_size} bytes, not {expected['bytes']}"
+            if _sha256(file) != expected["sha256"]:
+                return f"{name} has other contents than were written"
+        except OSError as error:
+            return f"{name}: {error}"
     return None
+
+
+def exist(root: Path) -> bool:
+    """Whether there are checkpoints under `root`, damaged ones too."""
+    return bool(_folders(root))
 
 
 def _folders(root: Path) -> list[Path]:

@@ -7,9 +7,9 @@
 | engine  | published versions, prompts,     | completions            | nobody           |
 |         | seeds                            |                        |                  |
 
-The loop calls them in turn, so colocated workers never compute at the same time. The loop holds no weights: versions go from
-learner to engines by a bridge (`qarl.bridge`). An engine that dies is started again, refilled to the current version, and asked
-again; a learner that dies ends the run, which `resume=auto` continues. `Cluster.open` owns start and stop of everything.
+The loop calls them in turn, so colocated workers compute at the same time in a sync alone. The loop holds no weights: versions
+go from learner to engines by a bridge (`qarl.bridge`). An engine that dies is started again, refilled to the current version, and
+asked again; a learner that dies ends the run, which `resume=auto` continues. `Cluster.open` owns start and stop of everything.
 """
 
 from __future__ import annotations
@@ -317,7 +317,8 @@ def ray_session(config: RunConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # spares that lack our runtime_env are never used
     address = config.placement.address
     here: dict[str, Any] = {} if address else {"num_gpus": config.placement.gpus, "include_dashboard": False}
-    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **here)
+    # "local", or a Ray that happens to run here, or that RAY_ADDRESS names, would be joined.
+    ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **here)
     try:
         found = int(ray.cluster_resources().get("GPU", 0))
         if config.placement.gpus > found:  # else their reservation would wait for ever

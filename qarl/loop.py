@@ -31,7 +31,7 @@ from qarl.sync import sync
 
 
 def run(config: RunConfig) -> None:
-    """Train until `config.steps`, or raise: what was reached is saved, and `resume=auto` continues it."""
+    """Train until `config.steps`, or raise; `resume=auto` continues from the newest checkpoint."""
     started = time.perf_counter()
     check_resume(config)
     inputs = prepare(config)

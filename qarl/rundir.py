@@ -19,7 +19,7 @@ from qarl import checkpoint
 from qarl.build import build, to_mapping
 from qarl.checkpoint import Checkpoint
 from qarl.config import RunConfig
-from qarl.errors import ConfigError
+from qarl.errors import CheckpointError, ConfigError
 from qarl.jsonl import naming
 
 #: Keys that may differ between a run and its continuation: they do not change what a step computes. So may `steps`, unless the
@@ -78,9 +78,12 @@ def owned(config: RunConfig) -> Iterator[None]:
     path = Path(config.out) / config.name
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.with_name(f".{path.name}.lock")
-    with naming(file), file.open("w") as lock:
+    with naming(file):
+        lock = file.open("w")
+    with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with naming(file):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(
                 f"name: {path} is being run by another process; choose another name=, or end that one"
@@ -92,7 +95,8 @@ def open_run(config: RunConfig) -> RunDir:
     """Make the folder, or find what to continue from.
 
     `resume=never` moves an old run of that name aside, so nothing is lost. `resume=auto` raises `ConfigError` as
-    `check_resume` does, and where the run is already further than `steps`.
+    `check_resume` does, and where the run is already further than `steps`, and `CheckpointError` where there are checkpoints, but
+    none is whole.
     """
     check_resume(config)
     path = Path(config.out) / config.name
@@ -101,6 +105,11 @@ def open_run(config: RunConfig) -> RunDir:
         _move_aside(path)
     elif (path / "config.yaml").exists():
         resumed = checkpoint.newest(path / "checkpoints")
+        if resumed is None and checkpoint.exist(path / "checkpoints"):
+            raise CheckpointError(
+                f"{path / 'checkpoints'}: resume=auto, but no checkpoint there is whole; starting at step 0 would drop them all. "
+                "Move them away to start over, or see to the disk they lie on"
+            )
         if resumed and config.steps < resumed.step:
             raise ConfigError(f"steps: {config.steps}, but {resumed.folder} is already at step {resumed.step}")
     path.mkdir(parents=True, exist_ok=True)

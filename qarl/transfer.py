@@ -7,7 +7,8 @@
 
 The plan of what lies where in which bucket is the same for every version and travels once. Control messages are a few bytes over
 a socket; how a bucket's bytes cross is a `Carrier`'s business (`qarl.carriers`). Staging memory on each side is two buffers of the
-largest bucket. A side that dies closes its socket, which the other one notices wherever it waits.
+largest bucket. A side that dies closes its socket, which the other one notices wherever it waits; where its host dies, within a
+minute.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ _ALIGNMENT = 256
 _CONNECT_S = 60.0
 """For an engine to call once it was told to."""
 _GREET_S = 10
+_KEEPALIVE = {socket.TCP_KEEPIDLE: 30, socket.TCP_KEEPINTVL: 10, socket.TCP_KEEPCNT: 3}
+"""After 30 s of silence a peer's host is asked every 10 s; after three questions without an answer it is gone."""
 
 Tensors = dict[str, dict[str, Tensor]]
 
@@ -375,6 +378,9 @@ def _connection(opened: socket.socket, greet: Callable[[Connection], None]) -> C
     """A connection on the socket, once both sides have proved to know the secret, which they get a few seconds for."""
     opened.settimeout(None)
     opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # messages are small, and each is waited for
+    opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a host that loses power says no goodbye
+    for option, value in _KEEPALIVE.items():
+        opened.setsockopt(socket.IPPROTO_TCP, option, value)
     opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", _GREET_S, 0))
     connection = Connection(os.dup(opened.fileno()))
     try:

@@ -1,8 +1,8 @@
 """The proof of a weight sync, the engine's half: what arrived is what was published, and what is served is what arrived.
 
 Four stages, each naming the tensor that fails: the contract (both sides mean the same grids and the same tensors), names, shapes
-and dtypes, before anything is loaded; then checksums of every part as the engine holds it, and a few dequantized columns read
-back through the live layers.
+and dtypes, before anything is loaded; then checksums of every part, as it is served where the engine knows its layout (on a GPU),
+else as it arrived, and a few dequantized columns read back through the live layers.
 """
 
 from __future__ import annotations

@@ -148,8 +148,8 @@ class Learner:
         self._hang_up()
         plan = Plan.of(published_specs(self.shapes, self.format, self.dtype))
         try:
-            self._outlet = carriers.answer(self._door, carrier, n_engines, plan, self.device, self._staging)
-            self._staging = self._outlet.carrier.buffers
+            self._staging = self._staging or carriers.staging(plan.capacity, self.device)
+            self._outlet = carriers.answer(self._door, carrier, n_engines, plan, self._staging)
         finally:
             self._door.close()
 

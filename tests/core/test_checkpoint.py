@@ -116,6 +116,29 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_found(tmp_path, caps
     assert "step-000010 is damaged" in capsys.readouterr().err
 
 
+def test_a_checkpoint_that_cannot_be_read_is_passed_over_too(tmp_path, capsys, monkeypatch):
+    save(tmp_path, 5)
+    save(tmp_path, 10)
+    sha256 = checkpoint._sha256
+
+    def read(file):
+        if "step-000010" in str(file):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
+        return sha256(file)
+
+    monkeypatch.setattr(checkpoint, "_sha256", read)
+    found = checkpoint.newest(tmp_path)
+    assert found is not None and found.step == 5
+    assert "Input/output error" in capsys.readouterr().err
+
+
+def test_drafts_of_killed_saves_go_whatever_step_they_were_of(tmp_path):
+    """`checkpoint.every` may be another one after a resume."""
+    (tmp_path / ".step-000010.draft" / "policy").mkdir(parents=True)
+    save(tmp_path, 12, keep=1)
+    assert [folder.name for folder in tmp_path.iterdir()] == ["step-000012"]
+
+
 def test_a_killed_save_leaves_no_checkpoint_and_is_cleaned_up_by_the_next(tmp_path):
     save(tmp_path, 5)
     draft = tmp_path / ".step-000010.draft"

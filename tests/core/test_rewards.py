@@ -214,9 +214,13 @@ def test_starting_a_worker_does_not_count_against_its_first_response(hostile):
 
 def test_a_worker_that_is_warm_has_parsed(monkeypatch):
     """An integer would not be: `math` compares those without its parser, whose imports and caches take longer than a parse."""
-    parsed = []
-    parse = scoring._parse
-    monkeypatch.setattr(scoring, "_parse", lambda text: parsed.append(text) or parse(text))
+    parsed, parse = [], scoring._parse
+
+    def spy(text):
+        parsed.append(text)
+        return parse(text)
+
+    monkeypatch.setattr(scoring, "_parse", spy)
     assert scoring.math(*WARM_UP, {}) == 1
     assert WARM_UP[0] in parsed
 

@@ -8,7 +8,7 @@ import pytest
 
 from qarl import checkpoint
 from qarl.config import GuardConfig, LearnerConfig, LoggingConfig, OptimizerConfig, RolloutConfig, RunConfig, StopLimits
-from qarl.errors import ConfigError
+from qarl.errors import CheckpointError, ConfigError
 from qarl.rundir import check_resume, load_config, open_run, owned
 
 
@@ -46,6 +46,26 @@ def test_a_folder_that_a_living_process_runs_in_is_refused(tmp_path):
         other.kill()
     with owned(config(tmp_path)), owned(config(tmp_path, name="another")):
         pass
+
+
+def test_what_goes_wrong_in_a_run_is_raised_as_it_is(tmp_path):
+    """An error of a file that is not the lock must not bear the lock's name."""
+    full = OSError(28, "No space left on device", "/data/model.safetensors")
+    with pytest.raises(OSError) as raised, owned(config(tmp_path)):
+        raise full
+    assert raised.value is full and full.filename == "/data/model.safetensors"
+
+
+def test_auto_does_not_start_over_where_no_checkpoint_is_whole(tmp_path):
+    """A disk that answers for none of them would cost all: the first save drops later steps."""
+    run = open_run(config(tmp_path, resume="auto"))
+    save(run, 5), save(run, 10)
+    for folder in run.checkpoints.iterdir():
+        (folder / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="no checkpoint there is whole"):
+        open_run(config(tmp_path, resume="auto"))
+    assert sorted(folder.name for folder in run.checkpoints.iterdir()) == ["step-000005", "step-000010"]
+    assert open_run(config(tmp_path, resume="never")).first_step == 0
 
 
 def test_auto_takes_what_changes_no_number(tmp_path):

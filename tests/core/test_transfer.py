@@ -1,5 +1,7 @@
 """Versions over lines: everything arrives where it belongs, buffers are not overwritten early, and a side that dies is noticed."""
 
+import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -48,7 +50,7 @@ def line() -> Iterator[Callable[..., tuple[Outlet, list[Inlet]]]]:
         door = Door("127.0.0.1")
         with ThreadPoolExecutor(n) as pool:
             calling = [pool.submit(carriers.call, door.address, CPU) for _ in range(n)]
-            outlet = carriers.answer(door, "broadcast", n, plan, CPU)
+            outlet = carriers.answer(door, "broadcast", n, plan, carriers.staging(plan.capacity, CPU))
             inlets = [one.result() for one in calling]
         door.close()
         opened.extend([outlet, *inlets])
@@ -157,13 +159,28 @@ def test_a_buffer_that_both_sides_have_is_not_written_before_it_was_read(plan):
 
 def test_an_engine_that_dies_before_its_line_stands_is_not_waited_for(plan):
     door = Door("127.0.0.1")
-    answering = in_thread(lambda: carriers.answer(door, "broadcast", 1, plan, CPU))
-    peer = dial(door.address)
-    assert peer.recv() == "broadcast"
-    peer.recv()  # where to meet
-    peer.close()
-    with pytest.raises(PeerLost, match="gone before its line stood"):
-        answering.result(20)
+    buffers = carriers.staging(plan.capacity, CPU)
+    for heard in (0, 1, 2):  # nothing; what kind of line it will be; where to meet
+        answering = in_thread(lambda: carriers.answer(door, "broadcast", 1, plan, buffers))
+        peer = dial(door.address)
+        for _ in range(heard):
+            peer.recv()
+        peer.close()
+        with pytest.raises(PeerLost, match="gone before its line stood"):
+            answering.result(20)
+    door.close()
+
+
+def test_a_line_asks_a_silent_host_whether_it_is_there():
+    door = Door("127.0.0.1")
+    with ThreadPoolExecutor(1) as pool:
+        accepting = pool.submit(door.accept, 1)
+        ends = [dial(door.address), *accepting.result(20)]
+    for end in ends:
+        with socket.socket(fileno=os.dup(end.fileno())) as line:
+            assert line.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            assert line.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 30
+        end.close()
     door.close()
 
 

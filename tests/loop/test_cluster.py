@@ -47,6 +47,22 @@ def session(config) -> Iterator[None]:
         yield
 
 
+def test_a_run_without_an_address_joins_no_ray_that_happens_to_run(config, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6399")
+    asked: list[Any] = []
+
+    def init(**arguments: Any) -> None:
+        asked.append(arguments["address"])
+        raise ConnectionError
+
+    monkeypatch.setattr(ray, "init", init)
+    for address in (None, "ray.example:6379"):
+        placement = replace(config.placement, address=address)
+        with pytest.raises(ConnectionError), ray_session(replace(config, placement=placement)):
+            pass
+    assert asked == ["local", "ray.example:6379"]
+
+
 def actors(kind: str) -> list[psutil.Process]:
     """Processes of that actor class under this one, oldest first; a process's title says what it is doing."""
     running = [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]

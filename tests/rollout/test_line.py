@@ -45,7 +45,9 @@ class Line:
         if self.outlet:
             self.outlet.close()
         door = Door("127.0.0.1")
-        answering = self.pool.submit(carriers.answer, door, "broadcast", 1, self.plan, torch.device("cpu"))
+        answering = self.pool.submit(
+            carriers.answer, door, "broadcast", 1, self.plan, carriers.staging(self.plan.capacity, torch.device("cpu"))
+        )
         self.engine.connect(door.address)
         self.outlet = answering.result()
         door.close()
