@@ -64,7 +64,7 @@ def engine_attention(
     """The same, computed by the kernel that the engine runs on this device. Arguments as in `flash_attention`."""
     if q.is_cuda:
         return _flash(_engine_flash_forward, q, k, v, lengths, scale, cu_seqlens)
-    return _EngineAttention.apply(q, k, v, lengths, scale or q.shape[-1] ** -0.5)
+    return _EngineAttention.apply(q, k, v, lengths, q.shape[-1] ** -0.5 if scale is None else scale)
 
 
 def _flash(
@@ -79,7 +79,8 @@ def _flash(
     starts = cumulative_lengths(lengths, q.device) if cu_seqlens is None else cu_seqlens
     longest = max(2, *lengths)  # 1 would be taken for decoding, a path without a backward
     rows = (x.transpose(0, 1) for x in (q, k, v))
-    return _FlashAttention.apply(*rows, starts, longest, scale or q.shape[-1] ** -0.5, compute).transpose(0, 1)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _FlashAttention.apply(*rows, starts, longest, scale, compute).transpose(0, 1)
 
 
 class _FlashAttention(torch.autograd.Function):

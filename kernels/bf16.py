@@ -36,9 +36,11 @@ def grouped_product(x: Tensor, operand: Tensor, offsets: Tensor, row_weights: Te
     """
     if x.is_cuda and len(x):
         y = torch._grouped_mm(x, operand.transpose(-2, -1), offs=offsets.to(torch.int32))
-        y = clear_after(y.contiguous(), offsets)  # rows lie apart where N is no multiple of 8
-    else:
-        y = x.new_zeros(len(x), operand.shape[-2])
-        for expert, rows in spans(offsets):
-            y[rows] = x[rows] @ operand[expert].t()
-    return y if row_weights is None else y.mul_(row_weights[:, None])
+        y = y.contiguous()  # rows lie apart where N is no multiple of 8
+        return clear_after(y if row_weights is None else y.mul_(row_weights[:, None]), offsets)
+    y = x.new_zeros(len(x), operand.shape[-2])
+    for expert, rows in spans(offsets):
+        y[rows] = x[rows] @ operand[expert].t()
+        if row_weights is not None:
+            y[rows] *= row_weights[rows, None]
+    return y

@@ -58,7 +58,12 @@ class Arithmetic:
     @torch.no_grad()
     def prepare(self, weight: Tensor, before: Prepared | None = None) -> Prepared:
         """weight [N, K], or packed experts [E, N, K]. `before`: of an older version, which nothing computes with any more: on
-        CUDA its codes are overwritten, so that they stay where they are."""
+        CUDA its codes are overwritten, so that they stay where they are. Raises `ValueError` where a shard would cut through a
+        group."""
+        if self.shards > 1 and self.group and weight.shape[-1] % (self.shards * self.group):
+            raise ValueError(
+                f"{self.shards} shards of {weight.shape[-1]} inputs would cut through groups of {self.group}"
+            )
         if before is not None and weight.is_cuda:
             codes = before.codes
             quantizer(self.format_name, "cuda").quantize_into(weight, self.group, codes)
@@ -103,7 +108,7 @@ class Arithmetic:
 
 def share_codes(codes: Codes, shards: int) -> tuple[Codes, ...]:
     """Those of each equal share of the inputs, contiguous. What has one entry for all inputs belongs to every share. Raises
-    `ValueError` where a share would cut through a group."""
+    `ValueError` where a share would cut through an entry."""
     uneven = [part for part, values in codes.items() if values.shape[-1] > 1 and values.shape[-1] % shards]
     if uneven:
         raise ValueError(f"{shards} shards of the inputs would cut through an entry of {uneven}")
@@ -138,7 +143,8 @@ def aligned_experts(
     """y [M, N] from x [M, K] whose rows are sorted by expert, and packed weight [E, N, K].
 
     offsets [E], integers: where the rows of each expert end (as in `torch._grouped_mm` and transformers' experts). Rows
-    after the last belong to no expert; they and their gradients are zero. An expert without rows has a zero gradient.
+    after the last belong to no expert; they, and where x is finite their gradients, are zero. An expert without rows has a zero
+    gradient.
     row_weights [M] float32, the router's: they multiply the rows of y.
     """
     (y,) = aligned_expert_shards(x, weight, offsets, arithmetic, prepared, row_weights)

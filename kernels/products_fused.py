@@ -53,6 +53,8 @@ def multiply_grouped(
     is that of `epilogue.rescale_experts`. The offsets stay on the device.
     """
     y = torch.empty(len(x), weight.shape[1], dtype=dtype, device=x.device)
+    if not len(offsets):
+        return y.zero_()
     if y.numel():
         with torch.cuda.device_of(x):
             _launch(x, x_scale, weight, w_scale, y, None, offsets, row_weights)

@@ -105,7 +105,9 @@ def grouped_product(x: Tensor, operand: Operand, offsets: Tensor, row_weights: T
     y = x.new_zeros(len(x), operand.codes["weight_packed"].shape[1])
     for expert, rows in spans(offsets):
         y[rows] = F.linear(x[rows], operand.matrix(x.dtype, expert))
-    return y if row_weights is None else y * row_weights.to(y.dtype)[:, None]
+        if row_weights is not None:
+            y[rows] *= row_weights[rows, None].to(y.dtype)
+    return y
 
 
 def refusal(device_type: str, dtype: torch.dtype) -> str | None:

@@ -92,8 +92,8 @@ def grouped_product(x: Tensor, operand: _Operand, offsets: Tensor, row_weights: 
     """y [M, N] from x [M, K] whose rows are sorted by expert: expert e's end at offsets[e], in int32 or int64.
 
     Rows after the last offset come out 0. row_weights [M], as float32, multiply as in Marlin: y and weight are rounded to
-    bfloat16, then their product is. Without host synchronisation on Hopper and Blackwell; on other devices torch's grouped
-    product copies the offsets to the host.
+    bfloat16, then their product is. Without host synchronisation on compute capability 9 and 10; elsewhere torch's
+    grouped product copies the offsets to the host.
 
     Few rows, as canaries have, go through `w4a16_few_fused`, which sums in another order.
     """

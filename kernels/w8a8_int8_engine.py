@@ -90,7 +90,9 @@ def grouped_product(x: Tensor, operand: Any, offsets: Tensor, row_weights: Tenso
     y = x.new_zeros(len(x), operand[0].handler.n)
     for expert, rows in spans(offsets):
         y[rows] = product(x[rows], operand[expert])
-    return y if row_weights is None else (y * row_weights[:, None]).to(x.dtype)
+        if row_weights is not None:
+            y[rows] *= row_weights[rows, None]
+    return y
 
 
 def refusal(device_type: str, dtype: torch.dtype) -> str | None:

@@ -53,6 +53,7 @@ class AlignedModel:
         self._prepared: dict[str, Prepared] = {}
         self._stale: set[str] = set()
         self._format, self.backend, self.follows_engine, self._ranks = format, "none", False, ranks
+        self._dtype = dtype
         if self.covered and backend != "none":
             self.backend = choose(format.name, backend, device_type, dtype)
             self._arithmetic = Arithmetic(format.name, format.group, self.backend, dtype)
@@ -81,9 +82,9 @@ class AlignedModel:
     @property
     def waits_for_host(self) -> bool:
         """Whether a forward on a GPU may read back where each expert's rows end, which no CUDA graph can: the definitions do, and
-        torch's grouped product before Hopper."""
-        old = self._has_experts and torch.cuda.get_device_capability() < (9, 0)
-        return self.backend == "emulated" or old
+        torch's grouped product but in bfloat16 on compute capability 9 and 10."""
+        grouped = self._dtype == torch.bfloat16 and torch.cuda.get_device_capability()[0] in (9, 10)
+        return self.backend == "emulated" or (self._has_experts and not grouped)
 
     def _follows(self, model: nn.Module, asked: str, device_type: str, dtype: torch.dtype) -> bool:
         """Whether the engine's ops are wanted between products, and here."""

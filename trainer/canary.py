@@ -48,7 +48,7 @@ class Canary:
             return lambda: self._scores(batches)
         for name, weight in self._covered.items():
             self._aligned.codes(name, weight)  # a graph reads codes, it does not renew them
-        asked = [batch.tokens.tobytes() + batch.lengths.tobytes() for batch in batches]
+        asked = [b.tokens.tobytes() + b.lengths.tobytes() + b.prompt_lengths.tobytes() for b in batches]
         if self._captured is None or self._captured[:2] != (asked, self._addresses()):
             self._capture(asked, batches)
         assert self._captured is not None

@@ -76,7 +76,8 @@ class Policy(nn.Module):
             cu_seqlens=packed.cu_seqlens,
             use_cache=False,
         ).last_hidden_state[0]
-        return self.model.lm_head(hidden[packed.sources], packed.targets, temperature or self.temperature)
+        at = self.temperature if temperature is None else temperature
+        return self.model.lm_head(hidden[packed.sources], packed.targets, at)
 
 
 def _score(head: nn.Linear, chunk: int, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

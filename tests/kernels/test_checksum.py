@@ -121,8 +121,8 @@ def test_it_is_an_unsigned_integer_of_64_bits() -> None:
 
 
 def test_a_model_takes_a_fraction_of_a_second_of_one_core() -> None:
-    """Measured: 0.13 s for a 135 M-parameter model at int8, 1.2 GB/s. Allowed here for 64 MB: five times that."""
+    """Measured: 0.13 s for a 135 M-parameter model at int8, 1.2 GB/s. Allowed here for 64 MB: five times that, of one thread."""
     data = random_bytes(64 << 20)
     start = time.process_time()
     checksum(data)
-    assert (time.process_time() - start) / torch.get_num_threads() < 0.3
+    assert time.process_time() - start < 0.3

@@ -36,6 +36,16 @@ def test_codes_are_made_by_the_definition_on_a_cpu_and_by_triton_on_a_gpu() -> N
         assert dispatch.quantizer(name, "cuda") is dispatch.load(name, "fused")
 
 
+@pytest.mark.parametrize(("capability", "backend"), [((8, 0), "emulated"), ((8, 9), "fused"), ((9, 0), "fused")])
+def test_e4m3_is_made_by_the_definition_where_triton_does_not_compile_it(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], backend: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert dispatch.quantizer("w8a8_fp8", "cuda") is dispatch.load("w8a8_fp8", backend)
+    assert dispatch.quantizer("w8a8_int8", "cuda") is dispatch.load("w8a8_int8", "fused")
+
+
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ConfigError, match="rollout.format: 'w3a16' has no kernel; .*'w4a16'"):
         dispatch.load("w3a16", "emulated")

@@ -143,10 +143,21 @@ def test_two_shards_of_experts_are_two_products_and_have_gradients_each(name: st
     torch.testing.assert_close(grad(w)[:8], grad(w2)[:8], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("how", [*(arithmetic(*case) for case in CASES), plain_arithmetic(torch.float32)], ids=str)
+def test_rows_of_no_expert_are_zero_whatever_stands_in_them(how: Arithmetic) -> None:
+    x, weight, row_weights = torch.randn(6, K), torch.randn(3, N, K), torch.rand(6)
+    x[4:], row_weights[4:] = float("nan"), float("nan")
+    y = aligned_experts(x, weight, torch.tensor([2, 2, 4], dtype=torch.int32), how, row_weights=row_weights)
+    assert (y[:4] != 0).all() and (y[4:] == 0).all()
+
+
 def test_shards_that_would_cut_through_a_group_are_refused() -> None:
     how = Arithmetic("w4a16", 128, "emulated", torch.float32, shards=2)
+    for inputs in (128, 384):  # a single group has a single scale, as a whole row would
+        with pytest.raises(ValueError, match=f"2 shards of {inputs} inputs would cut through groups of 128"):
+            how.prepare(torch.randn(8, inputs))
     with pytest.raises(ValueError, match=r"2 shards of the inputs would cut through an entry of \['weight_scale'\]"):
-        how.prepare(torch.randn(8, 384))
+        share_codes(how.quantize(torch.randn(8, 384)), 2)
     assert len(share_codes(how.quantize(torch.randn(8, 512)), 2)) == 2
 
 

@@ -95,6 +95,14 @@ def test_experts_are_exact_sums_rescaled(
     assert torch.equal(y, experts_reference(codes, scale, weight, w_scale, offsets, row_weights))
 
 
+def test_no_experts_give_zeros(grid: torch.dtype, device: str) -> None:
+    codes, weight = random_codes(grid, 3, 32, device=device), random_codes(grid, 0, 16, 32, device=device)
+    offsets = torch.empty(0, dtype=torch.int32, device=device)
+    scale, w_scale = random_scales(3, device=device), random_scales(0, 16, device=device)
+    y = multiply_grouped(codes, scale, weight, w_scale, offsets, None, torch.float32)
+    assert torch.equal(y, torch.zeros(3, 16, device=device))
+
+
 def test_padding_adds_zeros_and_copies_nothing_where_there_is_none_to_add(grid: torch.dtype, device: str) -> None:
     whole, odd = random_codes(grid, 2, 33, 48, device=device), random_codes(grid, 2, 33, 17, device=device)
     assert pad(whole).data_ptr() == whole.data_ptr() and pad(whole, rows=True).shape == (2, 48, 48)

@@ -86,7 +86,8 @@ def test_aligned_model_equals_transformers_on_the_grid(models, kind, name, ranks
     # Float32 summation order moves an input of a layer over a rounding edge now and then: one code of one token.
     tolerance = 1e-4 if format.activation == "none" else 2e-2
     assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
-    assert (ours - theirs).abs().mean() <= 0.1 * tolerance * theirs.abs().max()
+    # Ranks that are ignored, or activations that are not rounded, move the mean by 0.08 of the tolerance and more.
+    assert (ours - theirs).abs().mean() <= 0.02 * tolerance * theirs.abs().max()
     assert (ours - logits(open_model(models[kind]))).abs().max() > 1e-3 * theirs.abs().max(), (
         "and it is not the plain model"
     )
@@ -96,6 +97,17 @@ def test_aligned_model_equals_transformers_on_the_grid(models, kind, name, ranks
         limit = (1e-3 if format.activation == "none" else 0.05) * b.grad.abs().max()
         assert (a.grad - b.grad).abs().max() <= limit, parameter_name
     assert aligned.backend == "emulated"
+
+
+@pytest.mark.parametrize(
+    ("kind", "major", "waits"),
+    [("moe", 8, True), ("moe", 9, False), ("moe", 10, False), ("moe", 12, True), ("dense", 8, False)],
+)
+def test_a_forward_waits_for_the_host_where_torchs_grouped_product_does(models, monkeypatch, kind, major, waits):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (major, 0))
+    model = open_model(models[kind])
+    assert AlignedModel(model, get("bf16"), "none", "cpu", torch.bfloat16).waits_for_host == waits
+    assert AlignedModel(model, get("bf16"), "none", "cpu", torch.float32).waits_for_host == (kind == "moe")
 
 
 def test_experts_multiply_by_the_function_that_saves_one_tensor(models, monkeypatch):

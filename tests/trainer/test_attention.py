@@ -72,7 +72,10 @@ def test_a_forward_of_the_policy_hands_lengths_to_the_kernels(models, monkeypatc
     responses = np.zeros(sum(LENGTHS) - prompts.sum(), np.float32)
     batch = MicroBatch(tokens, np.array(LENGTHS, np.int32), prompts, responses, responses, responses)
     packed = to_tensors(batch, torch.device("cpu"))
-    Policy(model, 1.0, 8)(packed)
+    policy = Policy(model, 1.0, 8)
+    policy(packed)
     assert len(given) == model.config.num_hidden_layers
     assert all(lengths == LENGTHS and starts is packed.cu_seqlens for lengths, starts in given)
     assert packed.cu_seqlens.tolist() == [0, 5, 6, 18, 21]
+    with pytest.raises(ValueError, match=r"temperature must be positive, got 0\.0"):
+        policy(packed, 0.0)
