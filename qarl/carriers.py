@@ -127,9 +127,7 @@ def answer(door: Door, kind: str, n: int, plan: Plan, buffers: Sequence[Tensor])
         for peer in peers:
             peer.send(kind)
         carrier = CARRIERS[kind].offer(buffers, peers, door.address.host)
-    except PeerLost:
-        raise
-    except (OSError, EOFError) as gone:
+    except (OSError, EOFError) as gone:  # `PeerLost` is one
         raise PeerLost(f"an engine is gone before its line stood: {gone}") from gone
     return Outlet(plan, carrier, peers)
 

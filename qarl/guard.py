@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from qarl.config import GuardConfig
 from qarl.errors import DivergenceError
 from qarl.measure import step_kl
+from qarl.objectives import largest
 from qarl.records import UpdateStats
 
 
@@ -136,8 +137,8 @@ class Guard:
         own = {"guard/corrections": float(len(self._corrected)), "guard/left_out": left_out}
         if "entropy" in row:
             self._first_entropy = self._first_entropy or row["entropy"]
-        if self._first_entropy and "entropy" in row:
-            entropy = LEAST_ENTROPY if row["entropy"] < LEAST_ENTROPY else row["entropy"]
+        if "entropy" in row and self._first_entropy:
+            entropy = largest((row["entropy"], LEAST_ENTROPY))
             own["guard/entropy_drift"] = max(entropy / self._first_entropy, self._first_entropy / entropy)
         seen = {**row, **own}
         measured = {name: seen[watch.metric] for name, watch in WATCHES.items() if watch.metric in seen}
